@@ -1,0 +1,154 @@
+"""Settings, declared once: these dataclasses are the Python API, the YAML file and the command line.
+
+The command line takes option names, defaults, types and help from here (the ``Attributes`` sections are the help
+texts), ``--config run.yaml`` fills the same fields, and a run writes them back, resolved, as ``config.yaml``. This module
+imports nothing heavy, so that ``lorafit --help`` stays instant.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from lorafit.errors import ConfigError
+
+Method = Literal["lora", "qalora"]
+Compute = Literal["auto", "bf16", "fp32"]
+Scaling = Literal["standard", "rslora", "plain"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRA:
+    """Low-rank adaptation (arXiv 2106.09685): y = W x + s·B(A x), with W frozen.
+
+    Attributes:
+        rank: Rank r of the update.
+        alpha: Numerator of the scaling.
+        scaling: ``standard`` is alpha/r, ``rslora`` alpha/sqrt(r) (arXiv 2312.03732), ``plain`` alpha itself.
+        dropout: Probability with which inputs of the adapter are dropped in training.
+        targets: ``all-linear`` (every linear layer but the output head), or comma-separated module names such as
+            ``q_proj,v_proj``, or a regular expression over full names.
+    """
+
+    method: ClassVar[Method] = "lora"
+
+    rank: int = 16
+    alpha: float = 32.0
+    scaling: Scaling = "standard"
+    dropout: float = 0.0
+    targets: str = "all-linear"
+
+    def __post_init__(self) -> None:
+        _check_rank_and_alpha(self.rank, self.alpha)
+        if not 0.0 <= self.dropout < 1.0:
+            raise ConfigError(f"dropout is {self.dropout}, but must be at least 0 and below 1")
+
+    @property
+    def scale(self) -> float:
+        """The factor s before B A."""
+        return {
+            "standard": self.alpha / self.rank,
+            "rslora": self.alpha / self.rank**0.5,
+            "plain": self.alpha,
+        }[self.scaling]
+
+
+@dataclass(frozen=True, kw_only=True)
+class QALoRA:
+    """Quantisation-aware LoRA (arXiv 2309.14717): the update is constant within a block and folds into its offset.
+
+    Attributes:
+        rank: Rank r of the update; at most the number of blocks in a row.
+        alpha: Numerator of the scaling alpha/r.
+        targets: As for LoRA.
+    """
+
+    method: ClassVar[Method] = "qalora"
+
+    rank: int = 16
+    alpha: float = 32.0
+    targets: str = "all-linear"
+
+    def __post_init__(self) -> None:
+        _check_rank_and_alpha(self.rank, self.alpha)
+
+    @property
+    def scale(self) -> float:
+        """The factor s before B A."""
+        return self.alpha / self.rank
+
+
+AdapterConfig = LoRA | QALoRA
+
+
+def _check_rank_and_alpha(rank: int, alpha: float) -> None:
+    if rank < 1:
+        raise ConfigError(f"rank is {rank}, but must be at least 1 (16 is a good start)")
+    if not 0.0 < alpha < float("inf"):
+        raise ConfigError(f"alpha is {alpha}, but must be a positive number (32 is a good start)")
+
+
+@dataclass(kw_only=True)
+class TrainConfig:
+    """All settings of a training run.
+
+    Attributes:
+        model: A .gguf file, a Hugging Face directory, or ``smollm2-135m``.
+        data: Training rows: a .jsonl file of {"messages": [...]} or {"prompt": ..., "completion": ...}.
+        output: Directory of the run. [default: runs/MODEL-METHOD]
+        method: ``qalora`` merges into a 4-bit file without loss, ``lora`` keeps the adapter beside the base. By default
+            qalora where the base has block offsets, else lora.
+        rank: Rank of the adapter.
+        alpha: The adapter is scaled by alpha/rank.
+        scaling: ``standard`` is alpha/rank, ``rslora`` alpha/sqrt(rank), ``plain`` alpha. Only with --method lora.
+        dropout: Dropout on the adapter's input. Only with --method lora.
+        targets: Layers to adapt: ``all-linear``, or comma-separated names (q_proj,v_proj), or a regular expression.
+        learning_rate: Peak learning rate. By default chosen by method and width of the model.
+        steps: Optimiser steps; excludes --epochs.
+        epochs: Passes over the data; excludes --steps. [default: 1]
+        batch_size: Rows in an optimiser step.
+        pass_tokens: Tokens in one forward pass; a larger batch is split and its gradients accumulated.
+        max_length: Longest document in tokens; a longer row is refused unless --truncate. [default: the model's context]
+        truncate: Cut rows longer than --max-length instead of refusing them.
+        warmup: Share of the steps in which the learning rate rises.
+        decay: How the learning rate falls after warm-up.
+        weight_decay: Decoupled weight decay of AdamW.
+        max_grad_norm: Gradients are clipped to this norm; 0 switches clipping off.
+        seed: Seed of initialisation, row order and dropout.
+        eval_data: Held-out rows. By default 5% of the data (at least 16 rows), picked by hash.
+        no_eval: Train on everything and measure nothing.
+        eval_every: Steps between evaluations; 0 evaluates before and after only.
+        checkpoint_every: Steps between checkpoints; 0 saves at the end only.
+        compute: Arithmetic: ``bf16``, ``fp32``, or ``auto`` for bf16 where the processor has it.
+        samples: Held-out rows that base and tuned model answer side by side in the report.
+        overwrite: Replace the output directory if it exists.
+    """
+
+    model: str
+    data: str
+    output: str | None = None
+    method: Method | None = None
+    rank: int = 16
+    alpha: float = 32.0
+    scaling: Scaling = "standard"
+    dropout: float = 0.0
+    targets: str = "all-linear"
+    learning_rate: float | None = None
+    steps: int | None = None
+    epochs: float | None = None
+    batch_size: int = 8
+    pass_tokens: int = 2048
+    max_length: int | None = None
+    truncate: bool = False
+    warmup: float = 0.1
+    decay: Literal["cosine", "linear", "constant"] = "cosine"
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    seed: int = 0
+    eval_data: str | None = None
+    no_eval: bool = False
+    eval_every: int = 0
+    checkpoint_every: int = 0
+    compute: Compute = "auto"
+    samples: int = 3
+    overwrite: bool = False

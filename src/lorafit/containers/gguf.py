@@ -1,0 +1,209 @@
+"""A bounded reader of GGUF files.
+
+A GGUF file is ``GGUF``, a version, the counts of tensors and of metadata entries, the entries (key, type, value), the
+tensor table (name, dimensions with the fastest first, block format, offset), and, aligned, the tensor data. All numbers
+are little-endian; a string is a 64-bit length and UTF-8 bytes.
+
+The file is mapped, not read: opening a file of any size costs its metadata, and tensor data become pages only where
+they are used. Nothing that the file claims is believed before it is checked against the bytes that are there, so that a
+truncated or hostile file ends in a ``ContainerError``, not in a crash or an allocation of terabytes.
+"""
+
+from __future__ import annotations
+
+import mmap
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lorafit.errors import ContainerError, FormatError, MissingFileError
+from lorafit.formats.ggml import block_format, format_by_id
+
+_SCALARS = {
+    0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?", 10: "<u8", 11: "<i8", 12: "<f8",
+}  # fmt: skip
+_STRING, _ARRAY = 8, 9
+_MAX_DIMENSIONS = 4  # GGML_MAX_DIMS: no writer makes more
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One entry of the tensor table.
+
+    Attributes:
+        name: Name in the file.
+        format: Block format name.
+        shape: Row-major shape: [out, in] for a matrix (the file lists the fastest dimension first).
+        offset: Where its data start, in bytes from the start of the file.
+        nbytes: Length of its data.
+    """
+
+    name: str
+    format: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+class GGUFFile:
+    """An open, memory-mapped GGUF file.
+
+    Attributes:
+        path: Where it lies.
+        metadata: Key -> int, float, bool, str, list of str, or numpy array for arrays of numbers.
+        tensors: Name -> entry of the tensor table, in the file's order.
+    """
+
+    def __init__(self, path: Path, mapped: mmap.mmap, metadata: dict[str, Any], tensors: dict[str, TensorInfo]) -> None:
+        self.path = path
+        self.metadata = metadata
+        self.tensors = tensors
+        self._mapped = mapped
+
+    @classmethod
+    def open(cls, path: str | Path) -> GGUFFile:
+        """Map a file and read its metadata and tensor table.
+
+        Raises:
+            MissingFileError: No such file.
+            ContainerError: Not a GGUF file, truncated or corrupted.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise MissingFileError(f"{path}: no such file")
+        with path.open("rb") as file:
+            if file.read(4) != b"GGUF":
+                raise ContainerError(f"{path} is not a GGUF file: it does not start with 'GGUF'")
+            # A private mapping is writable in memory only: torch wants writable buffers, and the file stays untouched.
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        metadata, tensors = _Parser(path, mapped).parse()
+        return cls(path, mapped, metadata, tensors)
+
+    def blocks(self, name: str) -> Tensor:
+        """The packed data of a tensor as they lie in the file: uint8 [rows, row_bytes], not copied.
+
+        Writing into the result changes memory only, never the file.
+        """
+        info = self.tensors[name]
+        flat = torch.frombuffer(self._mapped, dtype=torch.uint8, count=info.nbytes, offset=info.offset)
+        return flat.view(-1, block_format(info.format).row_bytes(info.shape[-1]))
+
+
+class _Parser:
+    """Reads the head of a file, checking every claim against the bytes that are left."""
+
+    def __init__(self, path: Path, data: mmap.mmap) -> None:
+        self.path = path
+        self.data = data
+        self.size = len(data)
+        self.at = 4
+
+    def parse(self) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
+        version = self.number("<I")
+        if version not in (2, 3):
+            raise self.broken(f"its version is {version}, and lorafit reads 2 and 3 (a big-endian file must be converted)")
+        tensor_count, entry_count = self.number("<Q"), self.number("<Q")
+        # The smallest entry is a key's length, a type and a byte; the smallest tensor a name's length and four numbers.
+        self.bounded(entry_count, 13, "metadata entries")
+        self.bounded(tensor_count, 32, "tensors")
+        metadata: dict[str, Any] = {}
+        for _ in range(entry_count):
+            key = self.string()
+            metadata[key] = self.value(self.number("<I"), key)
+        entries = [self.tensor() for _ in range(tensor_count)]
+        alignment = metadata.get("general.alignment", 32)
+        if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
+            raise self.broken(f"general.alignment is {alignment!r}, not a power of two")
+        start = -(-self.at // alignment) * alignment
+        tensors: dict[str, TensorInfo] = {}
+        for name, format_name, shape, relative in entries:
+            tensors[name] = self.placed(name, format_name, shape, relative, start, alignment)
+        if len(tensors) != tensor_count:
+            raise self.broken("two tensors have the same name")
+        return metadata, tensors
+
+    def placed(
+        self, name: str, format_name: str, shape: tuple[int, ...], relative: int, start: int, alignment: int
+    ) -> TensorInfo:
+        block = block_format(format_name)
+        try:
+            row = block.row_bytes(shape[-1])
+        except FormatError as error:
+            raise self.broken(f"tensor {name}: {error}") from None
+        nbytes = row
+        for dimension in shape[:-1]:
+            nbytes *= dimension
+        if relative % alignment:
+            raise self.broken(f"tensor {name} starts at {relative}, which is not a multiple of {alignment}")
+        if start + relative + nbytes > self.size:
+            raise self.broken(
+                f"tensor {name} needs {nbytes} bytes at {start + relative}, but the file ends at {self.size}; "
+                "it is truncated or corrupted: fetch it again"
+            )
+        return TensorInfo(name, format_name, shape, start + relative, nbytes)
+
+    def tensor(self) -> tuple[str, str, tuple[int, ...], int]:
+        name = self.string()
+        dimensions = self.number("<I")
+        if not 1 <= dimensions <= _MAX_DIMENSIONS:
+            raise self.broken(f"tensor {name} has {dimensions} dimensions")
+        shape = tuple(self.number("<Q") for _ in range(dimensions))[::-1]
+        if 0 in shape:
+            raise self.broken(f"tensor {name} has the shape {list(shape)}")
+        try:
+            format_name = format_by_id(self.number("<I")).name
+        except FormatError as error:
+            raise FormatError(f"{self.path}: tensor {name} {error}") from None
+        return name, format_name, shape, self.number("<Q")
+
+    def value(self, kind: int, key: str) -> Any:
+        if kind == _STRING:
+            return self.string()
+        if kind == _ARRAY:
+            return self.array(key)
+        if kind not in _SCALARS:
+            raise self.broken(f"metadata {key!r} has the unknown type {kind}")
+        return self.numbers(kind, 1)[0].item()
+
+    def array(self, key: str) -> list[str] | np.ndarray:
+        kind, count = self.number("<I"), self.number("<Q")
+        if kind == _STRING:
+            self.bounded(count, 8, f"strings in {key!r}")
+            return [self.string() for _ in range(count)]
+        if kind not in _SCALARS:
+            raise self.broken(f"metadata {key!r} is an array of the unsupported type {kind}")
+        self.bounded(count, np.dtype(_SCALARS[kind]).itemsize, f"values in {key!r}")
+        return self.numbers(kind, count)
+
+    def numbers(self, kind: int, count: int) -> np.ndarray:
+        dtype = np.dtype(_SCALARS[kind])
+        return np.frombuffer(self.take(count * dtype.itemsize), dtype)
+
+    def number(self, code: str) -> int:
+        return int(struct.unpack(code, self.take(struct.calcsize(code)))[0])
+
+    def string(self) -> str:
+        raw = self.take(self.number("<Q"))
+        try:
+            return raw.decode("utf-8")
+        except UnicodeDecodeError:
+            raise self.broken(f"the text at byte {self.at - len(raw)} is not UTF-8") from None
+
+    def take(self, count: int) -> bytes:
+        end = self.at + count
+        if end > self.size:
+            raise self.broken(f"it ends at byte {self.size}, inside its own header; fetch it again")
+        self.at, start = end, self.at
+        return self.data[start:end]
+
+    def bounded(self, count: int, least: int, what: str) -> None:
+        if count * least > self.size - self.at:
+            raise self.broken(f"it claims {count} {what}, more than fit into its {self.size} bytes")
+
+    def broken(self, why: str) -> ContainerError:
+        return ContainerError(f"{self.path} is not a usable GGUF file: {why}")
