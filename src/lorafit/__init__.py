@@ -1,0 +1,49 @@
+"""Fine-tune a 4-bit GGUF as it lies in the file, and get a 4-bit GGUF back.
+
+The names below are the whole public interface. Each is imported when it is first used (PEP 562), so that ``import
+lorafit`` costs milliseconds and the command line starts at once, although most of them need torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lorafit import formats as formats
+    from lorafit.commands.merge import merge as merge
+    from lorafit.commands.train import train as train
+    from lorafit.config import LoRA as LoRA
+    from lorafit.config import QALoRA as QALoRA
+    from lorafit.config import TrainConfig as TrainConfig
+    from lorafit.models.load import load as load
+    from lorafit.modules import attach as attach
+
+__version__ = "0.1.0.dev0"
+
+# Name -> the module that defines it; a module that is public itself maps to None.
+_HOME = {
+    "LoRA": "lorafit.config",
+    "QALoRA": "lorafit.config",
+    "TrainConfig": "lorafit.config",
+    "attach": "lorafit.modules",
+    "formats": None,
+    "load": "lorafit.models.load",
+    "merge": "lorafit.commands.merge",
+    "train": "lorafit.commands.train",
+}
+
+__all__ = ["LoRA", "QALoRA", "TrainConfig", "__version__", "attach", "formats", "load", "merge", "train"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'lorafit' has no attribute {name!r}")
+    home = _HOME[name]
+    value = getattr(import_module(home), name) if home else import_module(f"lorafit.{name}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
