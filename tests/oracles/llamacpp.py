@@ -8,7 +8,7 @@ with one clear line and not with a wrong number.
 
 What can be expected of the logits: where weights are quantised, llama.cpp quantises the activations as well (Q8_0 or
 Q8_1, in blocks of 32) and computes in integers, so they are near those of the dequantised model and never equal. With
-F32 weights they are the model's to about 1e-4. Keys and values are cached in F32 and attention is the plain one, so
+F32 weights they are the model's to about 1e-5. Keys and values are cached in F32 and attention is the plain one, so
 that nothing else adds an error.
 """
 
