@@ -1,16 +1,18 @@
 """Settings, declared once: these dataclasses are the Python API, the YAML file and the command line.
 
 The command line takes option names, defaults, types and help from here (the ``Attributes`` sections are the help
-texts), ``--config run.yaml`` fills the same fields, and a run writes them back, resolved, as ``config.yaml``. This module
-imports nothing heavy, so that ``lorafit --help`` stays instant.
+texts), ``--config run.yaml`` fills the same fields, and a run writes them back, resolved, as ``config.yaml``. This
+module imports nothing heavy, so that ``lorafit --help`` stays instant.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+from dataclasses import KW_ONLY, dataclass, fields
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, ClassVar, Literal
 
-from lorafit.errors import ConfigError
+from lorafit.errors import ConfigError, MissingFileError
 
 Method = Literal["lora", "qalora"]
 Compute = Literal["auto", "bf16", "fp32"]
@@ -88,7 +90,7 @@ def _check_rank_and_alpha(rank: int, alpha: float) -> None:
         raise ConfigError(f"alpha is {alpha}, but must be a positive number (32 is a good start)")
 
 
-@dataclass(kw_only=True)
+@dataclass
 class TrainConfig:
     """All settings of a training run.
 
@@ -108,7 +110,8 @@ class TrainConfig:
         epochs: Passes over the data; excludes --steps. [default: 1]
         batch_size: Rows in an optimiser step.
         pass_tokens: Tokens in one forward pass; a larger batch is split and its gradients accumulated.
-        max_length: Longest document in tokens; a longer row is refused unless --truncate. [default: the model's context]
+        max_length: Longest document in tokens; a longer row is refused unless --truncate. [default: the model's
+            context]
         truncate: Cut rows longer than --max-length instead of refusing them.
         warmup: Share of the steps in which the learning rate rises.
         decay: How the learning rate falls after warm-up.
@@ -126,6 +129,7 @@ class TrainConfig:
 
     model: str
     data: str
+    _: KW_ONLY
     output: str | None = None
     method: Method | None = None
     rank: int = 16
@@ -152,3 +156,37 @@ class TrainConfig:
     compute: Compute = "auto"
     samples: int = 3
     overwrite: bool = False
+
+
+def read_settings(path: str | Path) -> dict[str, Any]:
+    """Reads the settings in a YAML file such as the ``config.yaml`` of a run.
+
+    Returns:
+        Field of `TrainConfig` -> value; fields that the file leaves out or sets to null are not in it.
+
+    Raises:
+        MissingFileError: There is no such file.
+        ConfigError: The file is not a YAML mapping, or a key is no field of `TrainConfig`.
+    """
+    import yaml
+
+    path = Path(path)
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise MissingFileError(f"no settings file {path}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if settings is None:
+        return {}
+    if not isinstance(settings, dict):
+        raise ConfigError(f"{path} must hold lines such as 'rank: 16', not a {type(settings).__name__}")
+    known = [field.name for field in fields(TrainConfig)]
+    for key, value in settings.items():
+        if key not in known:
+            close = get_close_matches(str(key), known, n=2)
+            hint = f"; did you mean {' or '.join(close)}?" if close else "; `lorafit train --help` lists the settings"
+            raise ConfigError(f"{path}: unknown setting {key!r}{hint}")
+        if isinstance(value, list | dict):
+            raise ConfigError(f"{path}: {key} must be one value, not a {type(value).__name__}")
+    return {key: value for key, value in settings.items() if value is not None}
