@@ -1,0 +1,1 @@
+"""Rows in, trainable documents out: reading, chat rendering, packing, preview."""

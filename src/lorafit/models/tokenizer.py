@@ -1,0 +1,293 @@
+"""A tokenizer from the metadata of a GGUF file, giving the tokens that llama.cpp gives.
+
+A file names its algorithm in ``tokenizer.ggml.model``:
+
+- ``gpt2``: byte-level BPE. Text is first cut into words by regular expressions, then pairs merge within a word, in the
+  order of the file's list. The expressions are not in the file. ``tokenizer.ggml.pre`` only names them, so a wrong
+  table here would go unnoticed: the text comes back whole, merely in other tokens than the model learnt. Therefore a
+  name that is not in ``_FAMILIES`` is refused, and every one that is there is tested against llama.cpp. Where llama.cpp
+  departs from the expression that a model was published with (tekken's and gpt-4o's capitals outside ASCII), its
+  reading is followed, because it is what runs the result.
+- ``llama``: SentencePiece's BPE. There are no words and no list: any two neighbours whose concatenation is a token may
+  merge, the best score first. Such pairs are listed here in the order of their scores, which gives ordinary BPE. A
+  space is written as U+2581, one more is put before the text and behind every special token, and a character without a
+  token becomes its UTF-8 bytes.
+
+Special tokens (control, unknown, user-defined, by ``tokenizer.ggml.token_type``) are found before anything else.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
+from tokenizers.models import BPE
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from lorafit.containers.gguf import GGUFFile
+from lorafit.errors import ModelError
+
+# Values of tokenizer.ggml.token_type.
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED = 1, 2, 3, 4, 5
+
+_SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
+
+# Tokens that end a turn or a text in the model families of today. llama.cpp stops at them by name, whatever the file
+# says of their type, and so they count as special here too.
+_ENDINGS = (
+    "<|eot_id|>",
+    "<|eom_id|>",
+    "<|im_end|>",
+    "<|end|>",
+    "<end_of_turn>",
+    "<end_of_utterance>",
+    "<|endoftext|>",
+    "<|end_of_text|>",
+    "<EOT>",
+    "_<EOT>",
+    "[EOT]",
+    "[EOS]",
+    "</s>",
+    "<eos>",
+    "<｜end▁of▁sentence｜>",
+)
+
+
+@dataclass(frozen=True)
+class _Family:
+    """Pre-tokenisers that cut words alike.
+
+    Attributes:
+        names: Their values of ``tokenizer.ggml.pre``.
+        splits: Expressions applied one after the other, each within the pieces that the ones before left.
+        add_bos: Whether a text starts with the bos token, when the file does not say.
+        ignore_merges: Whether a word that is a token as it stands is taken whole.
+    """
+
+    names: str
+    splits: tuple[str, ...]
+    add_bos: bool = False
+    ignore_merges: bool = False
+
+
+_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_CONTRACTION = r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"
+_SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
+_OTHER = rf" ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_SPACES}"
+_OTHER_OR_SLASH = rf" ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_SPACES}"
+_WORD = r"[^\r\n\p{L}\p{N}]?\p{L}+"
+# A word in which capitals come before small letters; a letter outside ASCII counts as both.
+_CAPITALS_FIRST, _CAPITALS_ONLY = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}&&[^a-z]]{some}[\p{{L}}&&[^A-Z]]{more}" for some, more in (("*", "+"), ("+", "*"))
+)
+
+_FAMILIES = (
+    _Family("gpt-2 phi-2 mpt olmo jais trillion granite-docling exaone4 mellum gigachat a.x-4.0", (_GPT2,)),
+    _Family("smollm starcoder refact command-r codeshell exaone minerva-7b", (r"\p{N}", _GPT2)),
+    _Family("default", (r"[\p{P}$+<=>^~|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]")),
+    _Family(
+        "llama-bpe llama3 llama-v3 falcon3 falcon-h1 pixtral midm-2.0 lfm2",
+        (rf"{_CONTRACTION}|{_WORD}|\p{{N}}{{1,3}}|{_OTHER}",),
+        add_bos=True,
+        ignore_merges=True,
+    ),
+    _Family("dbrx smaug-bpe", (rf"{_CONTRACTION}|{_WORD}|\p{{N}}{{1,3}}|{_OTHER}",)),
+    _Family(
+        "qwen2 deepseek-r1-qwen stablelm2 hunyuan megrez",
+        (rf"{_CONTRACTION}|{_WORD}|\p{{N}}|{_OTHER}",),
+    ),
+    _Family(
+        "qwen35",
+        (
+            rf"{_CONTRACTION}|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+|\p{{N}}"
+            rf"| ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*|{_SPACES}",
+        ),
+    ),
+    _Family(
+        "tekken",
+        (rf"{_CAPITALS_FIRST}|{_CAPITALS_ONLY}|\p{{N}}|{_OTHER_OR_SLASH}",),
+        add_bos=True,
+        ignore_merges=True,
+    ),
+    _Family(
+        "gpt-4o llama4",
+        (
+            rf"{_CAPITALS_FIRST}{_CONTRACTION}?|{_CAPITALS_ONLY}{_CONTRACTION}?"
+            rf"|\p{{N}}{{1,3}}|{_OTHER_OR_SLASH}",
+        ),
+    ),
+    _Family("deepseek-coder", (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-퟿]+", r"\p{N}")),
+)
+_FAMILY_BY_NAME = {name: family for family in _FAMILIES for name in family.names.split()}
+
+
+def tokenizer_from_gguf(gguf: GGUFFile) -> PreTrainedTokenizerFast:
+    """Build the tokenizer that a GGUF file describes.
+
+    Args:
+        gguf: The open file.
+
+    Returns:
+        A tokenizer with the file's special tokens and, when the file has one, its chat template. Called on a text, it
+        adds the bos and eos tokens where llama.cpp does.
+
+    Raises:
+        ModelError: The file has no tokenizer, a broken one, or one whose algorithm or pre-tokeniser is not supported.
+    """
+    return _Reader(gguf).tokenizer()
+
+
+def end_of_turn_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """The tokens that end an assistant's turn: eos, and those in the vocabulary that are known to by their name.
+
+    These are llama.cpp's end-of-generation tokens, but for the ones that it takes from fill-in-the-middle training.
+
+    Args:
+        tokenizer: Any tokenizer of transformers, from a GGUF file or not.
+    """
+    named = [*_ENDINGS, *(tokenizer.special_tokens_map.get(name) for name in ("eot_token", "eom_token"))]
+    found = {token: tokenizer.convert_tokens_to_ids(token) for token in named if token}
+    # A token that is not there has the id of the unknown one, or none.
+    ids = {i for token, i in found.items() if i is not None and tokenizer.convert_ids_to_tokens(i) == token}
+    return frozenset(ids if tokenizer.eos_token_id is None else {*ids, tokenizer.eos_token_id})
+
+
+class _Reader:
+    """Reads the ``tokenizer.*`` metadata of one file."""
+
+    def __init__(self, gguf: GGUFFile) -> None:
+        self.path = gguf.path
+        self.metadata = gguf.metadata
+        self.tokens: list[str] = self.needed("tokens", list)
+        self.types = self.token_types()
+
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        model = self.needed("model", str)
+        if model == "gpt2":
+            backend, add_bos = self.byte_level()
+            bos, eos, unknown = None, None, None
+        elif model == "llama":
+            backend, add_bos = self.sentence_piece(), True
+            bos, eos, unknown = 1, 2, 0
+        else:
+            raise ModelError(f"{self.path}: its tokenizer is of the kind {model!r}; lorafit reads gpt2 and llama")
+        backend.add_special_tokens([self.added(i) for i in self.of_type(_CONTROL, _UNKNOWN)])
+        backend.add_tokens([self.added(i) for i in self.of_type(_USER_DEFINED)])
+        named = {
+            "bos_token": self.token("bos_token_id", bos),
+            "eos_token": self.token("eos_token_id", eos),
+            "unk_token": self.token("unknown_token_id", unknown),
+            "pad_token": self.token("padding_token_id", None),
+        }
+        more = {name: self.token(f"{name}_id", None) for name in ("eot_token", "eom_token")}
+        adds = {
+            "add_bos_token": self.optional("add_bos_token", bool, add_bos),
+            "add_eos_token": self.optional("add_eos_token", bool, False),
+        }
+        for add, name in (("add_bos_token", "bos_token"), ("add_eos_token", "eos_token")):
+            if adds[add] and named[name] is None:
+                raise ModelError(f"{self.path}: tokenizer.ggml.{add} is true, but the file names no {name}")
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=backend,
+            extra_special_tokens={name: token for name, token in more.items() if token},
+            clean_up_tokenization_spaces=False,
+            **named,
+            **adds,
+        )
+        tokenizer.chat_template = self.metadata.get("tokenizer.chat_template")
+        return tokenizer
+
+    def byte_level(self) -> tuple[Tokenizer, bool]:
+        """GPT-2's kind; also whether its texts start with bos by default."""
+        name = self.needed("pre", str)
+        family = _FAMILY_BY_NAME.get(name)
+        if family is None:
+            known = ", ".join(sorted(_FAMILY_BY_NAME))
+            raise ModelError(f"{self.path}: unknown pre-tokeniser {name!r}; supported are {known}")
+        merges = [_pair(merge) for merge in self.needed("merges", list)]
+        backend = Tokenizer(self.bpe(merges, ignore_merges=family.ignore_merges))
+        splits = [pre_tokenizers.Split(Regex(split), "isolated") for split in family.splits]
+        to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        backend.pre_tokenizer = pre_tokenizers.Sequence([*splits, to_bytes])
+        backend.decoder = decoders.ByteLevel()
+        return backend, family.add_bos
+
+    def sentence_piece(self) -> Tokenizer:
+        scores = self.needed("scores", np.ndarray)
+        if len(scores) != len(self.tokens):
+            raise ModelError(f"{self.path}: {len(scores)} tokenizer scores for {len(self.tokens)} tokens")
+        unknown = self.token("unknown_token_id", 0)
+        merges = _merges_by_score(self.tokens, scores, self.of_type(_NORMAL, _UNUSED))
+        backend = Tokenizer(self.bpe(merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
+        to_blocks = normalizers.Replace(" ", _SPACE)
+        to_text = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+        if self.optional("add_space_prefix", bool, True):
+            backend.normalizer = normalizers.Sequence([normalizers.Prepend(_SPACE), to_blocks])
+            to_text.append(decoders.Strip(" ", 1, 0))
+        else:
+            backend.normalizer = to_blocks
+        backend.decoder = decoders.Sequence(to_text)
+        return backend
+
+    def bpe(self, merges: list[tuple[str, str]], **options: Any) -> BPE:
+        vocabulary = {token: i for i, token in enumerate(self.tokens)}
+        if len(vocabulary) != len(self.tokens):
+            twice = next(token for i, token in enumerate(self.tokens) if vocabulary[token] != i)
+            raise ModelError(f"{self.path}: the token {twice!r} stands twice in the vocabulary")
+        try:
+            return BPE(vocabulary, merges, **options)
+        except Exception as error:  # tokenizers raises bare Exceptions
+            raise ModelError(f"{self.path}: the vocabulary and the merges do not fit together: {error}") from None
+
+    def token_types(self) -> list[int]:
+        types = self.metadata.get("tokenizer.ggml.token_type")
+        types = [_NORMAL] * len(self.tokens) if types is None else types.tolist()
+        if len(types) != len(self.tokens):
+            raise ModelError(f"{self.path}: {len(types)} token types for {len(self.tokens)} tokens")
+        endings = set(_ENDINGS)
+        return [_CONTROL if token in endings else kind for token, kind in zip(self.tokens, types, strict=True)]
+
+    def of_type(self, *wanted: int) -> list[int]:
+        return [i for i, kind in enumerate(self.types) if kind in wanted]
+
+    def added(self, i: int) -> AddedToken:
+        return AddedToken(self.tokens[i], normalized=False, special=self.types[i] != _USER_DEFINED)
+
+    def token(self, name: str, default: int | None) -> str | None:
+        """The token that an entry such as ``bos_token_id`` points to."""
+        i = self.optional(name, int, default)
+        if i is not None and not 0 <= i < len(self.tokens):
+            raise ModelError(f"{self.path}: tokenizer.ggml.{name} is {i}, but there are {len(self.tokens)} tokens")
+        return None if i is None else self.tokens[i]
+
+    def needed(self, name: str, kind: type) -> Any:
+        value = self.optional(name, kind, None)
+        if value is None:
+            raise ModelError(f"{self.path}: no tokenizer.ggml.{name} in its metadata; fetch or convert the model again")
+        return value
+
+    def optional(self, name: str, kind: type, default: Any) -> Any:
+        value = self.metadata.get(f"tokenizer.ggml.{name}")
+        if value is not None and not isinstance(value, kind):
+            raise ModelError(f"{self.path}: tokenizer.ggml.{name} is a {type(value).__name__}, not a {kind.__name__}")
+        return default if value is None else value
+
+
+def _pair(merge: str) -> tuple[str, str]:
+    """The two sides of a merge, parted by its first space that does not begin it."""
+    at = merge.find(" ", 1)
+    return merge[:at], merge[at + 1 :]
+
+
+def _merges_by_score(tokens: list[str], scores: np.ndarray, mergeable: list[int]) -> list[tuple[str, str]]:
+    """Every way to put a token together from two others, best score first."""
+    known = {tokens[i] for i in mergeable}
+    best_first = sorted(mergeable, key=lambda i: -scores[i])
+    return [
+        (tokens[i][:cut], tokens[i][cut:])
+        for i in best_first
+        for cut in range(1, len(tokens[i]))
+        if tokens[i][:cut] in known and tokens[i][cut:] in known
+    ]
