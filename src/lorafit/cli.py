@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from cyclopts import App, CycloptsError, Parameter
+from cyclopts.completion import ShellDetectionError
 from cyclopts.config import Dict
 from cyclopts.exceptions import MissingArgumentError, UnusedCliTokensError
 
@@ -121,6 +122,8 @@ def _explain(error: Exception) -> tuple[int, str]:
     """The exit code and the one line for an error."""
     if isinstance(error, CycloptsError):
         return 2, f"error: {_parse_error(error)}"
+    if isinstance(error, ShellDetectionError):
+        return 2, "error: cannot tell which shell this is; name it, as in `lorafit --install-completion --shell bash`"
     if isinstance(error, LorafitError):
         return error.exit_code, f"error: {_one_line(error)}"
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
