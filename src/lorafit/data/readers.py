@@ -127,7 +127,7 @@ def _example(line: str, source: str) -> Example:
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, or brackets nested as deep
         raise DataError(f"{source}: JSON that cannot be read: {error}") from None
     if not isinstance(row, dict):
-        raise DataError(f"{source}: a JSON {_kind(row)}, but a row must be an object: {LAYOUTS}")
+        raise DataError(f"{source}: the line is {_kind(row)}, but a row must be an object: {LAYOUTS}")
     return Example(tuple(_in_order(_messages(row, source), source)), source)
 
 
@@ -151,13 +151,13 @@ def _messages(row: dict[str, Any], source: str) -> list[Message]:
             Message(role="assistant", content=_text(row["completion"], '"completion"', source)),
         ]
     if not isinstance(row["messages"], list):
-        raise DataError(f'{source}: "messages" is a {_kind(row["messages"])}, but must be a list of messages')
+        raise DataError(f'{source}: "messages" is {_kind(row["messages"])}, but must be a list of messages')
     return [_message(item, f"message {place}", source) for place, item in enumerate(row["messages"], start=1)]
 
 
 def _message(item: Any, name: str, source: str) -> Message:
     if not isinstance(item, dict):
-        raise DataError(f'{source}: {name} is a {_kind(item)}, but must be {{"role": ..., "content": ...}}')
+        raise DataError(f'{source}: {name} is {_kind(item)}, but must be {{"role": ..., "content": ...}}')
     other = [field for field in item if field not in ("role", "content") and item[field] is not None]
     for field in ("role", "content"):
         if field not in item:
@@ -173,7 +173,7 @@ def _message(item: Any, name: str, source: str) -> Message:
 
 def _text(value: Any, name: str, source: str) -> str:
     if not isinstance(value, str):
-        raise DataError(f"{source}: {name} is a {_kind(value)}, but must be a string")
+        raise DataError(f"{source}: {name} is {_kind(value)}, but must be a string")
     if not value.strip():
         raise DataError(f"{source}: {name} is empty; fill it or remove the row")
     try:
@@ -212,8 +212,8 @@ def _suggest(found: list[str], wanted: list[str]) -> str:
 
 
 def _kind(value: Any) -> str:
-    """What JSON calls the type of ``value``."""
+    """What JSON calls the type of ``value``, with its article."""
     if value is None:
         return "null"
-    names = {bool: "boolean", int: "number", float: "number", str: "string", list: "list", dict: "object"}
+    names = {bool: "a boolean", int: "a number", float: "a number", str: "a string", list: "a list", dict: "an object"}
     return names[type(value)]

@@ -118,7 +118,7 @@ _FAMILIES = (
             rf"|\p{{N}}{{1,3}}|{_OTHER_OR_SLASH}",
         ),
     ),
-    _Family("deepseek-coder", (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-퟿]+", r"\p{N}")),
+    _Family("deepseek-coder", (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", r"[一-龥ࠀ-一가-퟿&&\S]+", r"\p{N}")),
 )
 _FAMILY_BY_NAME = {name: family for family in _FAMILIES for name in family.names.split()}
 
@@ -282,12 +282,21 @@ def _pair(merge: str) -> tuple[str, str]:
 
 
 def _merges_by_score(tokens: list[str], scores: np.ndarray, mergeable: list[int]) -> list[tuple[str, str]]:
-    """Every way to put a token together from two others, best score first."""
+    """Every way to put a token together from two others, best score first.
+
+    Raises:
+        ModelError: A token can be put together from a character that is none: llama.cpp merges those, BPE cannot.
+    """
     known = {tokens[i] for i in mergeable}
-    best_first = sorted(mergeable, key=lambda i: -scores[i])
-    return [
+    parts = known.union(*known)  # and every character of every token
+    merges = [
         (tokens[i][:cut], tokens[i][cut:])
-        for i in best_first
+        for i in sorted(mergeable, key=lambda i: -scores[i])
         for cut in range(1, len(tokens[i]))
-        if tokens[i][:cut] in known and tokens[i][cut:] in known
+        if tokens[i][:cut] in parts and tokens[i][cut:] in parts
     ]
+    for left, right in merges:
+        if left not in known or right not in known:
+            missing = left if left not in known else right
+            raise ModelError(f"the token {left + right!r} is made of {missing!r}, which is not in the vocabulary")
+    return merges
