@@ -1,0 +1,113 @@
+"""Documents laid end to end, and which of them belong to which step.
+
+A batch is one row of tokens without padding: positions restart at every document, and attention is kept within documents
+by their lengths. Only where the next token is a target does the output head run, so a batch carries those places and the
+tokens expected there.
+
+Which rows a step sees is a pure function of seed, step and batch size: epoch e uses the permutation drawn from (seed, e).
+A run that is resumed therefore goes on exactly where it stopped, with nothing to store.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lorafit.data.chat import Document
+from lorafit.data.readers import Example
+from lorafit.errors import DataError
+
+_HELD_OUT_SHARE = 0.05
+_HELD_OUT_LEAST = 16
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One forward pass.
+
+    Attributes:
+        tokens: int64 [T], the documents end to end.
+        positions: int64 [T], place of each token in its document.
+        lengths: Tokens in each document; they sum to T.
+        predictors: int64 [N], places whose next token is a target.
+        targets: int64 [N], the tokens expected there.
+        sources: Where each document comes from, for error messages.
+    """
+
+    tokens: Tensor
+    positions: Tensor
+    lengths: tuple[int, ...]
+    predictors: Tensor
+    targets: Tensor
+    sources: tuple[str, ...]
+
+
+def pack(documents: Sequence[Document]) -> Batch:
+    """Lay documents end to end."""
+    tokens = torch.tensor([token for document in documents for token in document.tokens])
+    lengths = tuple(len(document.tokens) for document in documents)
+    positions = torch.cat([torch.arange(length) for length in lengths])
+    trained = torch.tensor([flag for document in documents for flag in document.trained])
+    # Nothing comes before a document's first token, so nothing can predict it.
+    trained &= positions > 0
+    places = trained.nonzero().squeeze(-1)
+    sources = tuple(document.source for document in documents)
+    return Batch(tokens, positions, lengths, places - 1, tokens[places], sources)
+
+
+def split_passes(documents: Iterable[Document], pass_tokens: int) -> list[Batch]:
+    """Pack documents, in order, into batches of at most ``pass_tokens`` tokens; a longer document is alone in its batch."""
+    batches: list[Batch] = []
+    waiting: list[Document] = []
+    total = 0
+    for document in documents:
+        if waiting and total + len(document.tokens) > pass_tokens:
+            batches.append(pack(waiting))
+            waiting, total = [], 0
+        waiting.append(document)
+        total += len(document.tokens)
+    if waiting:
+        batches.append(pack(waiting))
+    return batches
+
+
+def rows_of_step(step: int, count: int, batch_size: int, seed: int) -> list[int]:
+    """Which of ``count`` rows the zero-based ``step`` trains on; every epoch visits each row once, in its own order."""
+    places = range(step * batch_size, (step + 1) * batch_size)
+    orders = {epoch: np.random.default_rng((seed, epoch)).permutation(count) for epoch in {p // count for p in places}}
+    return [int(orders[place // count][place % count]) for place in places]
+
+
+def hold_out(examples: Sequence[Example]) -> tuple[list[Example], list[Example]]:
+    """Split off 5% of the rows, at least 16, by a hash of the prompt: (training rows, held-out rows).
+
+    Rows with the same prompt stay together, so that several answers to one question do not leak. The split depends on
+    neither order nor seed: a row that is held out once stays held out when rows are added elsewhere in the file.
+
+    Raises:
+        DataError: There are too few rows to split.
+    """
+    wanted = max(_HELD_OUT_LEAST, round(len(examples) * _HELD_OUT_SHARE))
+    if len(examples) < 2 * wanted:
+        raise DataError(
+            f"{len(examples)} rows are too few to hold {wanted} out; give --eval-data FILE, or --no-eval to measure nothing"
+        )
+    groups: dict[str, list[int]] = {}
+    for index, example in enumerate(examples):
+        prompt = json.dumps(example.messages[:-1])
+        groups.setdefault(hashlib.sha256(prompt.encode()).hexdigest(), []).append(index)
+    held: set[int] = set()
+    for key in sorted(groups):
+        if len(held) >= wanted:
+            break
+        held.update(groups[key])
+    if len(held) == len(examples):
+        raise DataError("all rows have the same prompt, so none can be held out; give --eval-data FILE, or --no-eval")
+    rows = list(enumerate(examples))
+    return [row for i, row in rows if i not in held], [row for i, row in rows if i in held]

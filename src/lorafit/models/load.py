@@ -1,0 +1,200 @@
+"""From a name, file or directory to a model that is ready to train, and its tokenizer.
+
+transformers provides the architecture, built on the meta device so that no weight is ever allocated; then every linear
+layer and embedding of a GGUF file becomes a view of the mapped blocks. A Hugging Face directory goes through
+transformers' own loader.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from lorafit.config import Compute
+from lorafit.containers.gguf import GGUFFile, TensorInfo
+from lorafit.errors import MissingFileError, ModelError
+from lorafit.formats import dequantize
+from lorafit.models import keymap
+from lorafit.models.pull import EMBEDDED, pull
+from lorafit.models.tokenizer import tokenizer_from_gguf
+from lorafit.modules import PackedEmbedding, PackedLinear, PackedWeight
+
+
+@dataclass(frozen=True)
+class Base:
+    """A loaded base model.
+
+    Attributes:
+        model: A transformers model in evaluation mode, frozen.
+        tokenizer: Its tokenizer, with the chat template.
+        path: The GGUF file or the directory that it came from.
+        compute: Arithmetic type.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    path: Path
+    compute: torch.dtype
+
+
+def load_base(model: str | Path, *, compute: Compute = "auto") -> Base:
+    """Load a base model.
+
+    Args:
+        model: ``smollm2-135m``, a .gguf file, or a Hugging Face directory.
+        compute: Arithmetic; ``auto`` is bf16 where the processor multiplies it in hardware, else fp32.
+
+    Raises:
+        MissingFileError: Nothing is there.
+        ContainerError: The file is broken.
+        ModelError: The architecture or a tensor is not one that lorafit can use.
+    """
+    path = _resolve(model)
+    dtype = compute_dtype(compute)
+    if path.is_dir():
+        return _load_directory(path, dtype)
+    file = GGUFFile.open(path)
+    return Base(_model_from_gguf(file, dtype), tokenizer_from_gguf(file), path, dtype)
+
+
+def compute_dtype(compute: Compute) -> torch.dtype:
+    """The arithmetic type that ``--compute`` names on this machine."""
+    if compute == "auto":
+        return torch.bfloat16 if _multiplies_bf16() else torch.float32
+    return {"bf16": torch.bfloat16, "fp32": torch.float32}[compute]
+
+
+def _multiplies_bf16() -> bool:
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    able = torch.cpu.get_capabilities()
+    return any(able.get(name, False) for name in ("amx_bf16", "avx512_bf16", "bf16"))
+
+
+def _resolve(model: str | Path) -> Path:
+    if str(model) in EMBEDDED:
+        return pull(str(model))
+    path = Path(model)
+    if not path.exists():
+        names = ", ".join(EMBEDDED)
+        raise MissingFileError(
+            f"{model}: no such model; give a .gguf file, a directory of safetensors, a run, or one of: {names}"
+        )
+    return path
+
+
+def _model_from_gguf(file: GGUFFile, dtype: torch.dtype) -> PreTrainedModel:
+    where = str(file.path)
+    family = keymap.family_of(file.metadata.get("general.architecture"), where)
+    fields = keymap.config_fields(file.metadata, where)
+    embedding = file.tensors.get("token_embd.weight")
+    if embedding is None:
+        raise ModelError(f"{where}: the tensor token_embd.weight is missing")
+    if fields["num_hidden_layers"] > len(file.tensors):
+        raise ModelError(f"{where}: claims {fields['num_hidden_layers']} layers, but holds {len(file.tensors)} tensors")
+    config = AutoConfig.for_model(
+        family.model_type,
+        **fields,
+        vocab_size=embedding.shape[0],
+        tie_word_embeddings="output.weight" not in file.tensors,
+        attention_bias="blk.0.attn_q.bias" in file.tensors,
+        bos_token_id=file.metadata.get("tokenizer.ggml.bos_token_id"),
+        eos_token_id=file.metadata.get("tokenizer.ggml.eos_token_id"),
+        dtype=dtype,
+    )
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    _check_tensors(file, model)
+    # Matrices first: a bias is put on the packed layer that its matrix brings.
+    for info in sorted(file.tensors.values(), key=lambda info: len(info.shape), reverse=True):
+        name = keymap.hf_name(info.name)
+        if name is not None:
+            _place(model, name, info, file.blocks(info.name), keymap.row_order(info.name, family, config), dtype)
+    if config.tie_word_embeddings:
+        model.lm_head = PackedLinear(model.model.embed_tokens.packed)
+    _restore_rotary(model, file)
+    on_meta = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
+    assert not on_meta, f"left without data: {on_meta}"
+    return model.requires_grad_(False).eval()
+
+
+def _check_tensors(file: GGUFFile, model: PreTrainedModel) -> None:
+    """Compare the file's tensors with the model's, and report every difference at once."""
+    expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    found = {keymap.hf_name(name) or name: info for name, info in file.tensors.items() if name != keymap.ROTARY_FACTORS}
+    problems = [f"{name} is missing" for name in expected if name not in found]
+    for name, info in found.items():
+        if name not in expected:
+            problems.append(f"{info.name} is not a tensor of this architecture")
+        elif expected[name] != info.shape:
+            problems.append(f"{info.name} has the shape {list(info.shape)}, not {list(expected[name])}")
+    if problems:
+        rest = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise ModelError(f"{file.path} does not hold the model that it describes: {'; '.join(problems[:5])}{rest}")
+
+
+def _place(
+    model: PreTrainedModel, name: str, info: TensorInfo, blocks: Tensor, rows: Tensor | None, dtype: torch.dtype
+) -> None:
+    """Put a tensor of the file where it belongs: matrices stay packed, vectors become parameters."""
+    owner_name, kind = name.rsplit(".", 1)
+    owner = model.get_submodule(owner_name)
+    if len(info.shape) == 2:
+        packed = PackedWeight(blocks, info.format, rows=rows, name=info.name)
+        if isinstance(owner, nn.Embedding):
+            model.set_submodule(owner_name, PackedEmbedding(packed, dtype, owner.padding_idx))
+        else:
+            model.set_submodule(owner_name, PackedLinear(packed))
+        return
+    vector = dequantize(blocks, info.format, info.shape)
+    vector = vector if rows is None else vector[rows]
+    setattr(owner, kind, nn.Parameter(vector.to(dtype), requires_grad=False))
+
+
+def _restore_rotary(model: PreTrainedModel, file: GGUFFile) -> None:
+    """Rotary frequencies are computed, not stored: build them anew off the meta device, with the file's factors."""
+    rotary = type(model.model.rotary_emb)(model.config)
+    if keymap.ROTARY_FACTORS in file.tensors:
+        info = file.tensors[keymap.ROTARY_FACTORS]
+        factors = dequantize(file.blocks(info.name), info.format, info.shape)
+        rotary.inv_freq = rotary.inv_freq / factors
+        rotary.original_inv_freq = rotary.inv_freq.clone()
+    model.model.rotary_emb = rotary
+
+
+def _load_directory(path: Path, dtype: torch.dtype) -> Base:
+    config_file = path / "config.json"
+    if not config_file.is_file():
+        raise ModelError(f"{path} is neither a model nor a run: it has no config.json and no adapter/")
+    try:
+        model_type = json.loads(config_file.read_text(encoding="utf-8")).get("model_type")
+    except (ValueError, AttributeError):
+        raise ModelError(f"{config_file} is not a JSON object") from None
+    keymap.family_of(model_type, str(path))
+    if not list(path.glob("*.safetensors")):
+        raise ModelError(f"{path} holds no .safetensors file; lorafit does not load pickled weights")
+    # The differences are raised below, all at once; transformers' own report of them would come twice.
+    logging.getLogger("transformers.modeling_utils").setLevel(logging.ERROR)
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, attn_implementation="sdpa", use_safetensors=True, output_loading_info=True
+        )
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise ModelError(f"{path} cannot be loaded: {str(error).splitlines()[0]}") from error
+    _check_report(path, report)
+    return Base(model.requires_grad_(False).eval(), tokenizer, path, dtype)
+
+
+def _check_report(path: Path, report: dict[str, Any]) -> None:
+    problems = [f"{kind.removesuffix('_keys')} {name}" for kind, names in report.items() for name in names or ()]
+    if problems:
+        rest = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise ModelError(f"{path} does not hold the model that it describes: {', '.join(problems[:5])}{rest}")

@@ -1,0 +1,146 @@
+"""Putting adapters onto a model, and saying what was and was not covered."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from torch import nn
+
+from lorafit.config import AdapterConfig, QALoRA
+from lorafit.errors import AdapterError, ConfigError
+from lorafit.formats import block_format
+from lorafit.modules.adapter import AdapterModule, adapter_modules
+from lorafit.modules.lora import LoRALinear
+from lorafit.modules.packed import PackedLinear, is_linear
+from lorafit.modules.qalora import QALoRALinear
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """Which layers an adapter covers.
+
+    Attributes:
+        method: ``lora`` or ``qalora``.
+        wrapped: Full name -> number of trained parameters.
+        frozen: Full name of a linear layer or embedding that is left as it is -> why.
+        formats: Full name -> block format or dtype of the frozen weight, for all of them.
+        total_parameters: Parameters of the base, packed ones counted as weights.
+    """
+
+    method: str
+    wrapped: dict[str, int]
+    frozen: dict[str, str]
+    formats: dict[str, str]
+    total_parameters: int
+
+    @property
+    def trainable_parameters(self) -> int:
+        """Number of trained parameters."""
+        return sum(self.wrapped.values())
+
+    def as_dict(self) -> dict[str, object]:
+        """For ``summary.json``."""
+        return {"wrapped": self.wrapped, "frozen": self.frozen, "formats": self.formats}
+
+
+def attach(model: nn.Module, config: AdapterConfig) -> Coverage:
+    """Freeze a model and put adapters where linear layers stood, in place.
+
+    Args:
+        model: Any model; its linear layers may be packed.
+        config: The method and its settings.
+
+    Returns:
+        What was covered, and what was not and why.
+
+    Raises:
+        AdapterError: The model has adapters already, no target matches, or no target can take this method.
+        ConfigError: The targets are not a valid pattern.
+    """
+    if adapter_modules(model):
+        raise AdapterError("the model has adapters already; load the base again to attach others")
+    head = _output_head(model)
+    layers = {name: layer for name, layer in model.named_modules() if is_linear(layer)}
+    chosen = [name for name in layers if _matches(name, config.targets, is_head=layers[name] is head)]
+    if not chosen:
+        endings = sorted({name.rsplit(".", 1)[-1] for name in layers})
+        raise AdapterError(f"--targets {config.targets!r} matches no linear layer; there are {', '.join(endings)}")
+    frozen = {name: _why_left(layers[name] is head) for name in layers if name not in chosen}
+    suited = []
+    for name in chosen:
+        reason = _why_unsuited(layers[name], config)
+        if reason:
+            frozen[name] = reason
+        else:
+            suited.append(name)
+    if not suited:
+        raise AdapterError(
+            f"no target layer can take {config.method} ({frozen[chosen[0]]}): QA-LoRA trains the offsets of packed blocks "
+            "such as Q4_1's; use --method lora for this base"
+        )
+    model.requires_grad_(False)
+    total = count_parameters(model)
+    formats = {name: _format_of(layer) for name, layer in layers.items()}
+    wrapped = {}
+    for name in suited:
+        adapter = _wrap(layers[name], config)
+        wrapped[name] = sum(parameter.numel() for parameter in adapter.adapter_parameters().values())
+        model.set_submodule(name, adapter)
+    return Coverage(config.method, wrapped, frozen, formats, total)
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Weights of a model, each tensor once, packed ones counted as the weights that they hold."""
+    seen: dict[int, int] = {id(parameter): parameter.numel() for parameter in model.parameters()}
+    for module in model.modules():
+        packed = getattr(module, "packed", None)
+        if packed is not None:
+            seen[id(packed)] = packed.shape[0] * packed.shape[1]
+    return sum(seen.values())
+
+
+def _wrap(layer: nn.Module, config: AdapterConfig) -> AdapterModule:
+    if isinstance(config, QALoRA):
+        assert isinstance(layer, PackedLinear), "checked by _why_unsuited"
+        return QALoRALinear(layer, config)
+    return LoRALinear(layer, config)
+
+
+def _output_head(model: nn.Module) -> nn.Module | None:
+    get_head = getattr(model, "get_output_embeddings", None)
+    return get_head() if get_head else None
+
+
+def _matches(name: str, targets: str, is_head: bool) -> bool:
+    """PEFT's rules: all-linear leaves out the head; names match a full name or its end; otherwise a regular expression."""
+    if targets == "all-linear":
+        return not is_head
+    names = [part.strip() for part in targets.split(",")]
+    if all(re.fullmatch(r"[\w.]+", part) for part in names):
+        return any(name == part or name.endswith(f".{part}") for part in names)
+    try:
+        return re.fullmatch(targets, name) is not None
+    except re.error as error:
+        raise ConfigError(f"--targets {targets!r} is neither names nor a regular expression: {error}") from None
+
+
+def _why_left(is_head: bool) -> str:
+    return "output head (all-linear leaves it out)" if is_head else "not among the targets"
+
+
+def _why_unsuited(layer: nn.Module, config: AdapterConfig) -> str | None:
+    if not isinstance(config, QALoRA):
+        return None
+    if not isinstance(layer, PackedLinear):
+        return "not packed"
+    if block_format(layer.packed.format_name).offset_at is None:
+        return f"{layer.packed.format_name} has no block offsets"
+    return None
+
+
+def _format_of(layer: nn.Module) -> str:
+    if isinstance(layer, PackedLinear):
+        return layer.packed.format_name
+    assert isinstance(layer, nn.Linear)
+    return str(layer.weight.dtype).removeprefix("torch.")

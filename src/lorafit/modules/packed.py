@@ -1,0 +1,153 @@
+"""Layers whose weight stays packed.
+
+The blocks are used as they lie in the mapped file. A forward or backward pass unpacks one weight into a scratch buffer in
+the compute dtype, multiplies, and moves on, so that a whole model costs its packed size plus one unpacked layer. Nothing
+of the unpacked weight is kept for the backward pass: unpacking twice is cheaper than holding every layer in memory.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorafit import kernels
+from lorafit.formats import block_format
+
+# A weight is read once by the fused kernel, and re-read for every token; unpacking pays from about this many tokens on.
+_FUSED_TOKENS = 4
+
+_scratch = threading.local()
+
+
+def scratch(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A reused buffer; what is written there is valid until the next call in this thread."""
+    buffers = _scratch.__dict__.setdefault("buffers", {})
+    size = shape[0] * shape[1]
+    buffer = buffers.get((dtype, device))
+    if buffer is None or buffer.numel() < size:
+        # Inference tensors cannot be written to in training, so the buffer must not be born as one.
+        with torch.inference_mode(False):
+            buffer = buffers[dtype, device] = torch.empty(size, dtype=dtype, device=device)
+    return buffer[:size].view(shape)
+
+
+class PackedWeight(nn.Module):
+    """A frozen matrix in blocks; an embedding and an output head may share one.
+
+    Args:
+        blocks: uint8 [out_dim, row_bytes], usually a view of a mapped file.
+        format_name: Block format.
+        rows: int64 [out_dim]; row i of the matrix is row ``rows[i]`` of the blocks. None for the natural order.
+        name: The tensor's name in the file, for reports and merging.
+    """
+
+    blocks: Tensor
+    rows: Tensor | None
+
+    def __init__(self, blocks: Tensor, format_name: str, *, rows: Tensor | None = None, name: str = "") -> None:
+        super().__init__()
+        block = block_format(format_name)
+        self.format_name = format_name
+        self.name = name
+        self.shape = (blocks.shape[0], blocks.shape[1] // block.nbytes * block.elements)
+        # Not persistent: a state dict holds what was trained, and the base lies in its file.
+        self.register_buffer("blocks", blocks, persistent=False)
+        self.register_buffer("rows", rows, persistent=False)
+
+    def dense(self, dtype: torch.dtype, offsets: Tensor | None = None) -> Tensor:
+        """The matrix [out_dim, in_dim] in ``dtype``, in the scratch buffer: valid until the next one is unpacked."""
+        out = scratch(self.shape, dtype, self.blocks.device)
+        return kernels.dequantize(self.blocks, self.format_name, dtype, rows=self.rows, offsets=offsets, out=out)
+
+    def take(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
+        """Some rows of the matrix: int64 [n] -> [n, in_dim]."""
+        rows = ids if self.rows is None else self.rows[ids]
+        return kernels.dequantize(self.blocks, self.format_name, dtype, rows=rows)
+
+    def product(self, x: Tensor, offsets: Tensor | None = None) -> Tensor:
+        """x·Wᵀ without a gradient: [..., in_dim] -> [..., out_dim]."""
+        flat = x.reshape(-1, x.shape[-1])
+        if flat.shape[0] <= _FUSED_TOKENS and kernels.fuses_linear(self.blocks, self.format_name):
+            result = kernels.linear(flat, self.blocks, self.format_name, rows=self.rows, offsets=offsets)
+        else:
+            result = flat @ self.dense(x.dtype, offsets).T
+        return result.view(*x.shape[:-1], self.shape[0])
+
+    def extra_repr(self) -> str:
+        return f"{self.name} {self.format_name} {list(self.shape)}"
+
+
+class _FrozenProduct(torch.autograd.Function):
+    """x·Wᵀ with W unpacked in the forward pass and again in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: PackedWeight) -> Tensor:
+        ctx.weight = weight
+        return x @ weight.dense(x.dtype).T
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (grad,) = grads
+        return grad @ ctx.weight.dense(grad.dtype), None
+
+
+class PackedLinear(nn.Module):
+    """A frozen linear layer over packed blocks: [..., in_dim] -> [..., out_dim]."""
+
+    def __init__(self, packed: PackedWeight, bias: Tensor | None = None) -> None:
+        super().__init__()
+        self.packed = packed
+        self.out_features, self.in_features = packed.shape
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and x.requires_grad:
+            y = _FrozenProduct.apply(x, self.packed)
+        else:
+            y = self.packed.product(x)
+        return y if self.bias is None else y + self.bias
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}"
+
+
+class PackedEmbedding(nn.Module):
+    """An embedding table over packed blocks: rows are unpacked as they are looked up.
+
+    Args:
+        packed: The table, [vocabulary, dim].
+        dtype: Type of the result.
+        padding_idx: Kept for those who ask an embedding for it; it has no effect on a frozen table.
+    """
+
+    def __init__(self, packed: PackedWeight, dtype: torch.dtype, padding_idx: int | None = None) -> None:
+        super().__init__()
+        self.packed = packed
+        self.dtype = dtype
+        self.padding_idx = padding_idx
+        self.num_embeddings, self.embedding_dim = packed.shape
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.packed.take(ids.reshape(-1), self.dtype).view(*ids.shape, self.embedding_dim)
+
+
+def frozen_weight(layer: nn.Module, dtype: torch.dtype) -> Tensor:
+    """The weight [out_dim, in_dim] of a packed or ordinary linear layer; of a packed one, valid until the next call."""
+    if isinstance(layer, PackedLinear):
+        return layer.packed.dense(dtype)
+    assert isinstance(layer, nn.Linear)
+    return layer.weight.to(dtype)
+
+
+def linear_shape(layer: nn.Module) -> tuple[int, int]:
+    """(out_dim, in_dim) of a packed or ordinary linear layer."""
+    assert isinstance(layer, PackedLinear | nn.Linear)
+    return layer.out_features, layer.in_features
+
+
+def is_linear(layer: nn.Module) -> bool:
+    """Whether an adapter can stand in for this layer."""
+    return isinstance(layer, PackedLinear | nn.Linear)

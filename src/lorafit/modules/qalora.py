@@ -1,0 +1,136 @@
+"""QA-LoRA (arXiv 2309.14717, section 3.3): an update that is constant within a block folds into the block's offset.
+
+A packed weight is w = d·q + m with one m for each block of g weights. Here A is [rank, G], one column for each of the
+G = in_dim/g blocks of a row, B is [out_dim, rank], and the model that is trained is the merged model itself:
+
+    m' = fp16(m + s·B A)        W' = d·q + m'        y = W' x
+
+There is no adapter branch: the forward pass unpacks with m' and multiplies once. Rounding to half precision is passed
+through as the identity (a straight-through estimator), which gives, with X̄ the sums of the input over each block,
+
+    dx = dy W'        dM = dyᵀ X̄ [out_dim, G]        dB = s·dM Aᵀ        dA = s·Bᵀ dM
+
+dM costs 1/g of a full weight gradient. A starts uniform within 1/√in_dim: block sums are √g times larger than single
+inputs, so this gives the update the size that LoRA's has. Block-wise A is the same as plain LoRA with every column
+repeated g times, which is how it is saved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorafit.config import QALoRA
+from lorafit.errors import AdapterError
+from lorafit.formats import block_format, read_offsets
+from lorafit.modules.adapter import AdapterModule
+from lorafit.modules.packed import PackedLinear, PackedWeight
+
+
+class QALoRALinear(AdapterModule):
+    """A packed linear layer whose block offsets are trained: [..., in_dim] -> [..., out_dim].
+
+    Args:
+        base: A packed layer in a format with offsets.
+        config: Rank and scaling.
+
+    Raises:
+        AdapterError: The format has no offsets, or the rank exceeds the number of blocks in a row.
+    """
+
+    base: PackedLinear
+    offsets: Tensor
+
+    def __init__(self, base: PackedLinear, config: QALoRA) -> None:
+        super().__init__(base)
+        packed = base.packed
+        block = block_format(packed.format_name)
+        if block.offset_at is None:
+            raise AdapterError(f"{packed.name}: {packed.format_name} blocks have no offset for QA-LoRA to train")
+        self.group = block.elements
+        groups = self.in_features // self.group
+        if config.rank > groups:
+            raise AdapterError(
+                f"{packed.name}: rank {config.rank} exceeds the {groups} blocks in a row, so a smaller rank can do as much; "
+                f"use --rank {groups} or less"
+            )
+        self.scale = config.scale
+        offsets = read_offsets(packed.blocks, packed.format_name)
+        self.register_buffer("offsets", offsets if packed.rows is None else offsets[packed.rows], persistent=False)
+        device = packed.blocks.device
+        self.qalora_A = nn.Parameter(torch.empty(config.rank, groups, device=device))
+        self.qalora_B = nn.Parameter(torch.zeros(self.out_features, config.rank, device=device))
+        nn.init.uniform_(self.qalora_A, -(self.in_features**-0.5), self.in_features**-0.5)
+        self._held: Tensor | None = None
+
+    def adapter_parameters(self) -> dict[str, nn.Parameter]:
+        return {"qalora_A": self.qalora_A, "qalora_B": self.qalora_B}
+
+    def lora_factors(self) -> tuple[Tensor, Tensor]:
+        return self.qalora_A.detach().repeat_interleave(self.group, dim=1), self.qalora_B.detach()
+
+    def delta_weight(self) -> Tensor:
+        """What merging changes: m' - m, so the rounding to half precision is in it."""
+        moved = self.merged_offsets().float() - self.offsets.float()
+        return moved.repeat_interleave(self.group, dim=1)
+
+    @torch.no_grad()
+    def merged_offsets(self) -> Tensor:
+        """m' = fp16(m + s·B A), float16 [out_dim, G] in the weight's row order."""
+        if self._held is not None:
+            return self._held
+        update = torch.mm(self.qalora_B, self.qalora_A)
+        return self.offsets.to(update.dtype).add(update, alpha=self.scale).to(torch.float16)
+
+    def hold(self, offsets: Tensor | None) -> Tensor | None:
+        """Fix m' to these values, or release them with None; returns what was held before. See ``offsets_held``."""
+        before, self._held = self._held, offsets
+        return before
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.enabled:
+            return self.base(x)
+        offsets = self.merged_offsets()
+        if torch.is_grad_enabled():
+            y = _OffsetProduct.apply(x, self.qalora_A, self.qalora_B, offsets, self.scale, self.base.packed, self.group)
+        else:
+            y = self.base.packed.product(x, offsets)
+        return y if self.base.bias is None else y + self.base.bias
+
+
+class _OffsetProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, a: Tensor, b: Tensor, offsets: Tensor, scale: float, packed: PackedWeight, group: int
+    ) -> Tensor:
+        # The sums are all that the adapter's gradient needs of x, and 1/group of its size.
+        sums = x.reshape(-1, x.shape[-1] // group, group).sum(-1)
+        ctx.save_for_backward(sums, a, b, offsets)
+        ctx.packed, ctx.scale = packed, scale
+        return x @ packed.dense(x.dtype, offsets).T
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        sums, a, b, offsets = ctx.saved_tensors
+        grad = grads[0]
+        dm = (grad.reshape(-1, grad.shape[-1]).T @ sums).to(a.dtype)
+        da = (b.T @ dm).mul_(ctx.scale)
+        db = (dm @ a.T).mul_(ctx.scale)
+        dx = grad @ ctx.packed.dense(grad.dtype, offsets) if ctx.needs_input_grad[0] else None
+        return dx, da, db, None, None, None, None
+
+
+@contextmanager
+def offsets_held(model: nn.Module) -> Iterator[None]:
+    """Compute every m' once and keep it: for many forward passes without a change of parameters, such as decoding."""
+    modules = [module for module in model.modules() if isinstance(module, QALoRALinear)]
+    before = [module.hold(module.merged_offsets()) for module in modules]
+    try:
+        yield
+    finally:
+        for module, offsets in zip(modules, before, strict=True):
+            module.hold(offsets)

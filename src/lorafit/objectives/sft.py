@@ -1,0 +1,87 @@
+"""Supervised fine-tuning: the cross-entropy of the answers' tokens.
+
+The vocabulary projection is the largest product of a small model and its result the largest tensor, so it is computed
+only at the places whose next token is a target, in chunks, and never kept: each chunk's gradient with respect to its
+hidden states is computed at once, in the forward pass, while its logits are at hand. What the backward pass then needs
+is one tensor of the size of the hidden states.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from lorafit.data.packing import Batch
+
+_CHUNK = 512  # places at a time: 512 rows of logits over 50,000 tokens are 100 MB in float32
+
+
+def hidden_states(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """What the head gets to see at the places that predict a target: [N, dim].
+
+    The model must be inside ``document_attention``.
+    """
+    output = model.get_decoder()(
+        input_ids=batch.tokens.unsqueeze(0),
+        position_ids=batch.positions.unsqueeze(0),
+        use_cache=False,
+        document_lengths=batch.lengths,
+    )
+    return output.last_hidden_state[0, batch.predictors]
+
+
+def sft_loss(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """Summed negative log-likelihood of a batch's targets, a scalar in float32 that can be differentiated.
+
+    The sum and not the mean, so that a step of several passes divides by the number of all its targets.
+    """
+    head = model.get_output_embeddings()
+    trained = [parameter for parameter in head.parameters() if parameter.requires_grad]
+    return _ChunkedLoss.apply(hidden_states(model, batch), batch.targets, head, *trained)
+
+
+@torch.no_grad()
+def score(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Per target: negative log-likelihood [N] float32, and whether the target was the most likely token [N] bool."""
+    head = model.get_output_embeddings()
+    losses, hits = [], []
+    for hidden, targets in _chunks(hidden_states(model, batch), batch.targets):
+        logits = head(hidden).float()
+        losses.append(F.cross_entropy(logits, targets, reduction="none"))
+        hits.append(logits.argmax(-1) == targets)
+    return torch.cat(losses), torch.cat(hits)
+
+
+def _chunks(hidden: Tensor, targets: Tensor) -> Any:
+    return zip(hidden.split(_CHUNK), targets.split(_CHUNK), strict=True)
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    """Loss of (hidden states [N, dim], targets [N], head, the head's trained parameters)."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, targets: Tensor, head: nn.Module, *trained: nn.Parameter) -> Tensor:
+        total = hidden.new_zeros((), dtype=torch.float32)
+        by_hidden: list[Tensor] = []
+        by_parameter = [torch.zeros_like(parameter) for parameter in trained]
+        for chunk, wanted in _chunks(hidden.detach(), targets):
+            chunk = chunk.requires_grad_()
+            with torch.enable_grad():
+                loss = F.cross_entropy(head(chunk).float(), wanted, reduction="sum")
+            of_hidden, *of_parameters = torch.autograd.grad(loss, [chunk, *trained])
+            total += loss.detach()
+            by_hidden.append(of_hidden)
+            for sum_, grad in zip(by_parameter, of_parameters, strict=True):
+                sum_ += grad
+        ctx.save_for_backward(torch.cat(by_hidden), *by_parameter)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (scale,) = grads
+        by_hidden, *by_parameter = ctx.saved_tensors
+        return by_hidden * scale.to(by_hidden.dtype), None, None, *(grad * scale for grad in by_parameter)
