@@ -9,7 +9,7 @@ with one clear line and not with a wrong number.
 What can be expected of the logits: where weights are quantised, llama.cpp quantises the activations as well (Q8_0 or
 Q8_1, in blocks of 32) and computes in integers, so they are near those of the dequantised model and never equal. With
 F32 weights they are the model's to about 1e-5. Keys and values are cached in F32 and attention is the plain one, so
-that nothing else adds an error.
+that nothing else adds an error, unless a test asks for what llama.cpp's server computes.
 """
 
 import ctypes
@@ -146,7 +146,7 @@ _PROTOTYPES: dict[str, tuple[Any, list[Any]]] = {
 @cache
 def _library() -> ctypes.CDLL:
     """The shared library with its prototypes declared, its layout checked and its log silenced."""
-    lib = ctypes.CDLL(str(next(Path(xllamacpp.__path__[0]).glob("xllamacpp*.so"))))
+    lib = ctypes.CDLL(xllamacpp.xllamacpp.__file__)
     for name, (result, arguments) in _PROTOTYPES.items():
         function = getattr(lib, name)
         function.restype, function.argtypes = result, arguments
@@ -231,8 +231,12 @@ class LlamaCppOracle:
         assert count >= 0, f"a piece of {-count} bytes"
         return text.raw[:count]
 
-    def logits(self, tokens: Sequence[int]) -> np.ndarray:
+    def logits(self, tokens: Sequence[int], *, as_served: bool = False) -> np.ndarray:
         """Logits after each token of one sequence that starts at position 0: float32 [T, vocab].
+
+        Args:
+            tokens: The sequence.
+            as_served: Keep keys and values in F16 and use flash attention, as llama.cpp's server does by default.
 
         Raises:
             RuntimeError: llama.cpp refuses the tokens, or the model was opened with ``vocab_only``.
@@ -243,8 +247,9 @@ class LlamaCppOracle:
         params = self._lib.llama_context_default_params()
         params.n_ctx = params.n_batch = params.n_ubatch = params.n_outputs_max = params.n_outputs_max_per_seq = count
         params.n_threads = params.n_threads_batch = _THREADS
-        params.type_k = params.type_v = _F32
-        params.flash_attn_type = 0
+        if not as_served:
+            params.type_k = params.type_v = _F32
+            params.flash_attn_type = 0
         context = self._lib.llama_init_from_model(self._model, params)
         if not context:
             raise RuntimeError(f"llama.cpp makes no context for {count} tokens")
@@ -272,7 +277,10 @@ def _server(path: str) -> xllamacpp.Server:
     params.warmup = False
     params.prefill_assistant = False  # else a last message of the assistant is left open, to be continued
     params.verbosity = -1
-    return xllamacpp.Server(params)
+    server = xllamacpp.Server(params)
+    # A server that is closed before its loop has begun waits for ever; after an answer the loop has begun.
+    server.handle_completions({"prompt": [0], "n_predict": 1})
+    return server
 
 
 def render_chat(path: Path | str, messages: Sequence[dict[str, str]], add_generation_prompt: bool) -> str:
