@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from lorafit.adapters import load_adapter, read_record
 from lorafit.config import Compute
 from lorafit.containers.gguf import GGUFFile, TensorInfo
 from lorafit.errors import MissingFileError, ModelError
@@ -42,6 +43,31 @@ class Base:
     tokenizer: PreTrainedTokenizerBase
     path: Path
     compute: torch.dtype
+
+
+def load(model: str | Path, *, compute: Compute = "auto") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a base model, or a run with its adapter.
+
+    Args:
+        model: ``smollm2-135m``, a .gguf file, a Hugging Face directory, or the directory of a run.
+        compute: Arithmetic; ``auto`` is that of the run, or bf16 where the processor has it, else fp32.
+
+    Returns:
+        The model in evaluation mode and its tokenizer.
+
+    Raises:
+        MissingFileError: Nothing is there, or the base of the run has gone.
+        ContainerError: The file is broken.
+        ModelError: The architecture or a tensor is not one that lorafit can use.
+        AdapterError: The adapter does not fit its base.
+    """
+    adapter = Path(model) / "adapter"
+    if not adapter.is_dir():
+        base = load_base(model, compute=compute)
+        return base.model, base.tokenizer
+    base = load_base(read_record(adapter).base, compute=compute)
+    load_adapter(base.model, adapter)
+    return base.model, base.tokenizer
 
 
 def load_base(model: str | Path, *, compute: Compute = "auto") -> Base:

@@ -1,0 +1,254 @@
+"""Adapters in the layout of PEFT: ``adapter_config.json`` and ``adapter_model.safetensors``.
+
+Every adapter is saved as an ordinary LoRA, so that PEFT and whatever reads PEFT's files can load it. A QA-LoRA adapter is
+one whose A repeats each column once per weight of a block; what makes it QA-LoRA is said in the header of the safetensors
+file, which travels with the weights, under the key ``lorafit``. Beside it lies ``qalora_offsets.safetensors``: the block
+offsets m' that the run computed with, in half precision and in the row order of Hugging Face. Merging copies them; they
+are the trained model, to the last bit.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from lorafit.config import AdapterConfig, LoRA, QALoRA
+from lorafit.containers.atomic import replacing, write_text
+from lorafit.errors import AdapterError, MissingFileError
+from lorafit.modules import AdapterModule, Coverage, QALoRALinear, adapter_modules, attach
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+OFFSETS_FILE = "qalora_offsets.safetensors"
+
+_PREFIX = "base_model.model."
+
+# Fields of PEFT's configuration that change what an adapter computes, with the values that lorafit computes.
+_PLAIN: Mapping[str, tuple[Any, ...]] = {
+    "peft_type": ("LORA",),
+    "bias": ("none", None),
+    "fan_in_fan_out": (False, None),
+    **{
+        name: (None, False, [], {})
+        for name in (
+            "use_dora", "use_qalora", "use_bdlora", "lora_bias", "modules_to_save", "trainable_token_indices",
+            "rank_pattern", "alpha_pattern", "layer_replication", "target_parameters", "alora_invocation_tokens",
+            "arrow_config", "kasa_config", "monteclora_config", "velora_config", "megatron_config",
+        )
+    },
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class AdapterRecord:
+    """What an adapter was trained with.
+
+    Attributes:
+        config: Method and settings.
+        base: The base as the user named it.
+        base_sha256: Its fingerprint; empty for an adapter that lorafit did not write.
+    """
+
+    config: AdapterConfig
+    base: str
+    base_sha256: str
+
+
+def save_adapter(model: nn.Module, directory: str | Path, record: AdapterRecord) -> None:
+    """Write a model's adapter, then read it again and compare.
+
+    Raises:
+        AdapterError: What is on disk is not what was trained.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    modules = adapter_modules(model)
+    weights: dict[str, Tensor] = {}
+    for name, module in modules.items():
+        a, b = module.lora_factors()
+        weights[f"{_PREFIX}{name}.lora_A.weight"] = a.contiguous().cpu()
+        weights[f"{_PREFIX}{name}.lora_B.weight"] = b.contiguous().cpu()
+    note = {
+        "method": record.config.method,
+        "config": asdict(record.config),
+        "base": record.base,
+        "base_sha256": record.base_sha256,
+    }
+    _write_tensors(directory / WEIGHTS_FILE, weights, {"format": "pt", "lorafit": json.dumps(note)})
+    if isinstance(record.config, QALoRA):
+        offsets = {
+            name: module.merged_offsets().cpu() for name, module in modules.items() if isinstance(module, QALoRALinear)
+        }
+        _write_tensors(directory / OFFSETS_FILE, offsets, {"format": "pt", "base_sha256": record.base_sha256})
+    write_text(directory / CONFIG_FILE, json.dumps(_peft_config(model, record), indent=2) + "\n")
+
+
+def read_record(directory: str | Path) -> AdapterRecord:
+    """What an adapter directory says about itself, without loading weights.
+
+    Raises:
+        MissingFileError: There is no adapter.
+        AdapterError: It is of a kind that lorafit cannot represent.
+    """
+    directory = Path(directory)
+    fields = _read_config(directory / CONFIG_FILE)
+    for key, allowed in _PLAIN.items():
+        if key in fields and fields[key] not in allowed:
+            raise AdapterError(f"{directory}: {key} = {fields[key]!r} is not supported by lorafit")
+    note = _read_note(directory / WEIGHTS_FILE)
+    if note:
+        kind = {"lora": LoRA, "qalora": QALoRA}[note["method"]]
+        return AdapterRecord(kind(**note["config"]), note["base"], note["base_sha256"])
+    targets = fields.get("target_modules")
+    config = LoRA(
+        rank=fields["r"],
+        alpha=fields["lora_alpha"],
+        scaling="rslora" if fields.get("use_rslora") else "standard",
+        dropout=fields.get("lora_dropout") or 0.0,
+        targets="all-linear" if targets == "all-linear" else targets if isinstance(targets, str) else ",".join(targets or ()),
+    )
+    return AdapterRecord(config, fields.get("base_model_name_or_path") or "", "")
+
+
+def load_adapter(model: nn.Module, directory: str | Path, *, hold_offsets: bool = True) -> tuple[AdapterRecord, Coverage]:
+    """Attach the adapter in a directory to the base that it was trained on.
+
+    Args:
+        model: The base.
+        directory: Where the adapter lies.
+        hold_offsets: Compute with the offsets that the run stored, as is wanted for everything but training on.
+
+    Raises:
+        MissingFileError: A file is missing.
+        AdapterError: The adapter does not fit the model; every missing, unexpected and misshapen tensor is listed.
+    """
+    directory = Path(directory)
+    record = read_record(directory)
+    weights = read_tensors(directory / WEIGHTS_FILE)
+    coverage = attach(model, record.config)
+    modules = adapter_modules(model)
+    expected = {f"{_PREFIX}{name}.lora_{part}.weight" for name in modules for part in "AB"}
+    problems = [f"{key} is missing" for key in sorted(expected - weights.keys())]
+    problems += [f"{key} is unexpected" for key in sorted(weights.keys() - expected)]
+    for name, module in modules.items():
+        for part in "AB":
+            key = f"{_PREFIX}{name}.lora_{part}.weight"
+            if key in weights:
+                problem = _set_factor(module, part, weights[key])
+                problems += [f"{key} {problem}"] if problem else []
+    if problems:
+        rest = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise AdapterError(f"{directory} does not fit the model: {'; '.join(problems[:5])}{rest}")
+    if hold_offsets and isinstance(record.config, QALoRA):
+        stored = read_offsets_file(directory)
+        for name, module in modules.items():
+            if isinstance(module, QALoRALinear):
+                if name not in stored or stored[name].shape != module.offsets.shape:
+                    raise AdapterError(f"{directory / OFFSETS_FILE} has no offsets that fit {name}")
+                module.hold(stored[name])
+    return record, coverage
+
+
+def read_offsets_file(directory: str | Path) -> dict[str, Tensor]:
+    """The stored offsets m' of a QA-LoRA run: module name -> float16 [out_dim, blocks in a row]."""
+    return read_tensors(Path(directory) / OFFSETS_FILE)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file.
+
+    Raises:
+        MissingFileError: There is none.
+        AdapterError: It is broken.
+    """
+    if not path.is_file():
+        raise MissingFileError(f"{path}: no such file; the adapter is not complete")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}
+    except SafetensorError as error:
+        raise AdapterError(f"{path} is not a usable safetensors file: {error}") from None
+
+
+def _write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    with replacing(path) as temporary:
+        save_file(tensors, temporary, metadata)
+        written = read_tensors(temporary)
+        if written.keys() != tensors.keys() or not all(torch.equal(written[key], tensors[key]) for key in tensors):
+            raise AdapterError(f"{path}: what was written is not what was trained; check the disk")
+
+
+def _set_factor(module: AdapterModule, part: str, value: Tensor) -> str | None:
+    """Copy a saved factor into a module; returns what is wrong with it, if anything."""
+    parameter = module.adapter_parameters()[f"qalora_{part}" if isinstance(module, QALoRALinear) else f"lora_{part}"]
+    if isinstance(module, QALoRALinear) and part == "A":
+        columns = value[:, :: module.group]
+        if not torch.equal(columns.repeat_interleave(module.group, dim=1), value):
+            return "is not constant within blocks, as QA-LoRA needs"
+        value = columns
+    if value.shape != parameter.shape:
+        return f"has the shape {list(value.shape)}, not {list(parameter.shape)}"
+    with torch.no_grad():
+        parameter.copy_(value)
+    return None
+
+
+def _peft_config(model: nn.Module, record: AdapterRecord) -> dict[str, Any]:
+    config = record.config
+    rslora = isinstance(config, LoRA) and config.scaling == "rslora"
+    plain = isinstance(config, LoRA) and config.scaling == "plain"
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": record.base,
+        "r": config.rank,
+        # PEFT divides by the rank, or its root, so a plain factor is multiplied by it first.
+        "lora_alpha": config.alpha * config.rank if plain else config.alpha,
+        "use_rslora": rslora,
+        "lora_dropout": config.dropout if isinstance(config, LoRA) else 0.0,
+        "target_modules": _target_modules(model),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+    }
+
+
+def _target_modules(model: nn.Module) -> list[str]:
+    """Short names where they say exactly what was wrapped, full names otherwise."""
+    wrapped = set(adapter_modules(model))
+    short = {name.rsplit(".", 1)[-1] for name in wrapped}
+    named_so = {
+        name for name, module in model.named_modules() if name.rsplit(".", 1)[-1] in short and not list(module.children())
+    }
+    return sorted(short) if named_so <= wrapped else sorted(wrapped)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise MissingFileError(f"{path}: no such file; is {path.parent} an adapter?")
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        fields["r"], fields["lora_alpha"]
+    except (ValueError, KeyError, TypeError):
+        raise AdapterError(f"{path} is not the configuration of a LoRA adapter") from None
+    return fields
+
+
+def _read_note(path: Path) -> dict[str, Any] | None:
+    if not path.is_file():
+        raise MissingFileError(f"{path}: no such file; the adapter is not complete")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+    except SafetensorError as error:
+        raise AdapterError(f"{path} is not a usable safetensors file: {error}") from None
+    return json.loads(metadata["lorafit"]) if "lorafit" in metadata else None

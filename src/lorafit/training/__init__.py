@@ -1,0 +1,1 @@
+"""The training step, and what must be true around it."""

@@ -1,0 +1,84 @@
+"""Checkpoints: everything that a step depends on, so that a resumed run continues bit for bit.
+
+The rows of a step follow from seed and step number, so trained parameters, the optimiser's moments, the random state
+(dropout) and the number of steps are all there is. A checkpoint is one file, ``step-N/state.pt``, that appears whole.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import torch
+
+from lorafit.containers.atomic import replacing
+from lorafit.errors import MissingFileError, TrainingError
+from lorafit.modules import adapter_modules
+from lorafit.training.loop import Trainer
+
+_STATE = "state.pt"
+
+
+def save_checkpoint(trainer: Trainer, run: str | Path) -> Path:
+    """Write ``checkpoints/step-N`` of a run and drop older ones; returns the new directory."""
+    directory = Path(run) / "checkpoints" / f"step-{trainer.done}"
+    state = {
+        "step": trainer.done,
+        "adapter": {
+            name: {part: parameter.detach() for part, parameter in module.adapter_parameters().items()}
+            for name, module in adapter_modules(trainer.model).items()
+        },
+        "optimizer": trainer.optimizer.state_dict(),
+        "random": torch.get_rng_state(),
+    }
+    with replacing(directory / _STATE) as temporary:
+        torch.save(state, temporary)
+        reopened = torch.load(temporary, weights_only=True)
+        if reopened["step"] != trainer.done or not _same(reopened["adapter"], state["adapter"]):
+            raise TrainingError(f"{directory}: what was written is not what was trained; check the disk")
+    for other in directory.parent.glob("step-*"):
+        if other != directory:
+            shutil.rmtree(other)
+    return directory
+
+
+def last_checkpoint(run: str | Path) -> Path:
+    """The newest checkpoint of a run.
+
+    Raises:
+        MissingFileError: It has none.
+    """
+    found = [
+        (int(match[1]), state.parent)
+        for state in Path(run).glob(f"checkpoints/step-*/{_STATE}")
+        if (match := re.fullmatch(r"step-(\d+)", state.parent.name))
+    ]
+    if not found:
+        raise MissingFileError(f"{run} has no checkpoint to go on from; train it anew with --overwrite")
+    return max(found)[1]
+
+
+def restore_checkpoint(trainer: Trainer, directory: str | Path) -> None:
+    """Bring a trainer to the state in a checkpoint.
+
+    Raises:
+        TrainingError: The checkpoint belongs to another model or configuration.
+    """
+    state = torch.load(Path(directory) / _STATE, weights_only=True)
+    modules = adapter_modules(trainer.model)
+    if modules.keys() != state["adapter"].keys():
+        raise TrainingError(f"{directory} covers other layers than this run; it cannot go on from there")
+    with torch.no_grad():
+        for name, module in modules.items():
+            for part, parameter in module.adapter_parameters().items():
+                parameter.copy_(state["adapter"][name][part])
+    trainer.optimizer.load_state_dict(state["optimizer"])
+    torch.set_rng_state(state["random"])
+    trainer.done = state["step"]
+
+
+def _same(one: dict[str, dict[str, torch.Tensor]], other: dict[str, dict[str, torch.Tensor]]) -> bool:
+    return one.keys() == other.keys() and all(
+        torch.equal(one[name][part], other[name][part]) for name in one for part in one[name]
+    )
