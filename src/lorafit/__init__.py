@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from lorafit.config import QALoRA as QALoRA
     from lorafit.config import TrainConfig as TrainConfig
     from lorafit.models.load import load as load
-    from lorafit.modules import attach as attach
+    from lorafit.modules.attach import attach as attach
 
 __version__ = "0.1.0.dev0"
 
@@ -26,7 +26,7 @@ _HOME = {
     "LoRA": "lorafit.config",
     "QALoRA": "lorafit.config",
     "TrainConfig": "lorafit.config",
-    "attach": "lorafit.modules",
+    "attach": "lorafit.modules.attach",
     "formats": None,
     "load": "lorafit.models.load",
     "merge": "lorafit.commands.merge",

@@ -63,6 +63,15 @@ class Console:
         """Writes a piece of text at once, exactly as it is and without a line break."""
         print(text, end="", flush=True, file=sys.stderr if self.json else sys.stdout)
 
+    def marked(self, pieces: Sequence[tuple[str, bool]]) -> None:
+        """Writes text of which some pieces are marked, by colour and, for pipes and eyes that see none, by « and »."""
+        from rich.text import Text
+
+        text = Text()
+        for piece, marked in pieces:
+            text.append(f"«{piece}»" if marked else piece, "green" if marked else "dim")
+        self.rich.print(text, soft_wrap=not self.is_terminal)
+
     def fields(self, title: str, values: Mapping[str, Any]) -> None:
         """Writes names and values in two columns."""
         if title:

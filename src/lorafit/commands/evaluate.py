@@ -44,7 +44,7 @@ def evaluate(
     if shots < 0 or bool(shots) != (shots_from is not None):
         raise ConfigError("--shots N and --shots-from FILE go together: N examples from the top of FILE")
 
-    from lorafit.data.chat import encode
+    from lorafit.data.chat import encode_all
     from lorafit.data.packing import split_passes
     from lorafit.data.readers import read_examples
     from lorafit.evaluation import loss
@@ -69,7 +69,7 @@ def evaluate(
             console.print(f"measuring {name}: {len(documents)} rows, {sum(len(d.tokens) for d in documents):,} tokens")
         return loss.evaluate(loaded, split_passes(documents, _PASS_TOKENS))
 
-    plain = [encode(example, tokenizer) for example in examples]
+    plain = encode_all(examples, tokenizer)
     results = {}
     with adapters_disabled(loaded):
         results["base"] = measure("base", plain)
