@@ -48,7 +48,8 @@ def test_help_imports_nothing_heavy(words: list[str]) -> None:
 
 
 def test_import_gives_every_public_name_but_loads_none() -> None:
-    script = f"import sys, lorafit; print([m for m in {(*HEAVY, 'lorafit.config')} if m in sys.modules]); print(dir(lorafit))"
+    modules = (*HEAVY, "lorafit.config")
+    script = f"import sys, lorafit; print([m for m in {modules} if m in sys.modules]); print(dir(lorafit))"
     loaded, names = run("-c", script).stdout.splitlines()
     assert loaded == "[]"
     for name in eval(names):
