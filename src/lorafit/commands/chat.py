@@ -9,6 +9,7 @@ from cyclopts import Parameter
 
 from lorafit.commands.console import Console
 from lorafit.commands.generate import Sampling
+from lorafit.errors import DataError
 
 if TYPE_CHECKING:
     from lorafit.data.readers import Message
@@ -61,6 +62,8 @@ def chat_command(
                     console.stream(piece)
             except KeyboardInterrupt:
                 pass
+            except DataError as error:
+                console.print(f"{error}; /reset starts anew", style="red")
             console.stream("\n")
             # What was said so far stays in the conversation; a turn without an answer was never taken.
             if answer.strip():
