@@ -1,10 +1,10 @@
 """Adapters in the layout of PEFT: ``adapter_config.json`` and ``adapter_model.safetensors``.
 
-Every adapter is saved as an ordinary LoRA, so that PEFT and whatever reads PEFT's files can load it. A QA-LoRA adapter is
-one whose A repeats each column once per weight of a block; what makes it QA-LoRA is said in the header of the safetensors
-file, which travels with the weights, under the key ``lorafit``. Beside it lies ``qalora_offsets.safetensors``: the block
-offsets m' that the run computed with, in half precision and in the row order of Hugging Face. Merging copies them; they
-are the trained model, to the last bit.
+Every adapter is saved as an ordinary LoRA, so that PEFT and whatever reads PEFT's files can load it. A QA-LoRA
+adapter is one whose A repeats each column once per weight of a block; what makes it QA-LoRA is said in the header of
+the safetensors file, which travels with the weights, under the key ``lorafit``. Beside it lies
+``qalora_offsets.safetensors``: the block offsets m' that the run computed with, in half precision and in the row
+order of Hugging Face. Merging copies them; they are the trained model, to the last bit.
 """
 
 from __future__ import annotations
@@ -113,12 +113,18 @@ def read_record(directory: str | Path) -> AdapterRecord:
         alpha=fields["lora_alpha"],
         scaling="rslora" if fields.get("use_rslora") else "standard",
         dropout=fields.get("lora_dropout") or 0.0,
-        targets="all-linear" if targets == "all-linear" else targets if isinstance(targets, str) else ",".join(targets or ()),
+        targets="all-linear"
+        if targets == "all-linear"
+        else targets
+        if isinstance(targets, str)
+        else ",".join(targets or ()),
     )
     return AdapterRecord(config, fields.get("base_model_name_or_path") or "", "")
 
 
-def load_adapter(model: nn.Module, directory: str | Path, *, hold_offsets: bool = True) -> tuple[AdapterRecord, Coverage]:
+def load_adapter(
+    model: nn.Module, directory: str | Path, *, hold_offsets: bool = True
+) -> tuple[AdapterRecord, Coverage]:
     """Attach the adapter in a directory to the base that it was trained on.
 
     Args:
@@ -227,7 +233,9 @@ def _target_modules(model: nn.Module) -> list[str]:
     wrapped = set(adapter_modules(model))
     short = {name.rsplit(".", 1)[-1] for name in wrapped}
     named_so = {
-        name for name, module in model.named_modules() if name.rsplit(".", 1)[-1] in short and not list(module.children())
+        name
+        for name, module in model.named_modules()
+        if name.rsplit(".", 1)[-1] in short and not list(module.children())
     }
     return sorted(short) if named_so <= wrapped else sorted(wrapped)
 

@@ -34,10 +34,12 @@ class Console:
 
     Args:
         json: Whether stdout is kept for a JSON document.
+        quiet: Whether to say nothing, for callers from Python.
     """
 
-    def __init__(self, *, json: bool = False) -> None:
+    def __init__(self, *, json: bool = False, quiet: bool = False) -> None:
         self.json = json
+        self.quiet = quiet
 
     @cached_property
     def rich(self) -> rich.console.Console:

@@ -1,11 +1,11 @@
 """Documents laid end to end, and which of them belong to which step.
 
-A batch is one row of tokens without padding: positions restart at every document, and attention is kept within documents
-by their lengths. Only where the next token is a target does the output head run, so a batch carries those places and the
-tokens expected there.
+A batch is one row of tokens without padding: positions restart at every document, and attention is kept within
+documents by their lengths. Only where the next token is a target does the output head run, so a batch carries those
+places and the tokens expected there.
 
-Which rows a step sees is a pure function of seed, step and batch size: epoch e uses the permutation drawn from (seed, e).
-A run that is resumed therefore goes on exactly where it stopped, with nothing to store.
+Which rows a step sees is a pure function of seed, step and batch size: epoch e uses the permutation drawn from
+(seed, e). A run that is resumed therefore goes on exactly where it stopped, with nothing to store.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def pack(documents: Sequence[Document]) -> Batch:
 
 
 def split_passes(documents: Iterable[Document], pass_tokens: int) -> list[Batch]:
-    """Pack documents, in order, into batches of at most ``pass_tokens`` tokens; a longer document is alone in its batch."""
+    """Pack documents, in order, into batches of at most ``pass_tokens`` tokens; a longer one is alone in its batch."""
     batches: list[Batch] = []
     waiting: list[Document] = []
     total = 0
@@ -96,7 +96,8 @@ def hold_out(examples: Sequence[Example]) -> tuple[list[Example], list[Example]]
     wanted = max(_HELD_OUT_LEAST, round(len(examples) * _HELD_OUT_SHARE))
     if len(examples) < 2 * wanted:
         raise DataError(
-            f"{len(examples)} rows are too few to hold {wanted} out; give --eval-data FILE, or --no-eval to measure nothing"
+            f"{len(examples)} rows are too few to hold {wanted} out; "
+            "give --eval-data FILE, or --no-eval to measure nothing"
         )
     groups: dict[str, list[int]] = {}
     for index, example in enumerate(examples):

@@ -15,8 +15,8 @@ Q4_1    32        20     d, m, 16 bytes: byte i holds q[i] (low) and q[i + 16] (
 Everything is little-endian. d·q has at most 11 + 8 significant bits, so the product is exact in float32 and only the
 addition of m rounds: every correct implementation gives the same float32, fused multiply-add or not.
 
-A format with an offset (``offset_at`` is its place in the block) is one that QA-LoRA can merge into without loss: adding
-a constant to all weights of a block changes m and nothing else.
+A format with an offset (``offset_at`` is its place in the block) is one that QA-LoRA can merge into without loss:
+adding a constant to all weights of a block changes m and nothing else.
 """
 
 from __future__ import annotations
@@ -58,7 +58,9 @@ class BlockFormat:
             FormatError: The row is not a whole number of blocks.
         """
         if width % self.elements:
-            raise FormatError(f"a row of {width} weights is not a whole number of {self.name} blocks of {self.elements}")
+            raise FormatError(
+                f"a row of {width} weights is not a whole number of {self.name} blocks of {self.elements}"
+            )
         return width // self.elements * self.nbytes
 
 
@@ -111,7 +113,8 @@ def format_by_id(type_id: int) -> BlockFormat:
     for block in FORMATS.values():
         if block.type_id == type_id:
             return block
-    known = f"{_UNREAD[type_id]} (type {type_id})" if type_id in _UNREAD else f"type {type_id}, which is not a known format"
+    name = _UNREAD.get(type_id)
+    known = f"{name} (type {type_id})" if name else f"type {type_id}, which is not a known format"
     raise FormatError(f"has {known}; lorafit reads {', '.join(FORMATS)}")
 
 

@@ -1,7 +1,7 @@
 """Operations on packed weights, each declared once here and carried out by a backend.
 
-``reference`` is readable torch and defines what is right; ``cpu`` compiles vector code with numba. Backends agree to the
-last bit for dequantisation, and the tests hold them to it.
+``reference`` is readable torch and defines what is right; ``cpu`` compiles vector code with numba. Backends agree to
+the last bit for dequantisation, and the tests hold them to it.
 
 A packed weight is described by its blocks, uint8 [rows, row_bytes] in the file's row order, and optionally by
 

@@ -1,13 +1,13 @@
 """Attention for documents laid end to end, active only where lorafit's own loops ask for it.
 
-A batch is one row of tokens in which documents follow one another without padding. transformers lets a model be switched
-to a registered attention function; this one cuts the row at the document boundaries and lets every document attend to
-itself alone. Outside ``document_attention`` a model behaves as it always did, so that generation and other people's
-training loops are unaffected.
+A batch is one row of tokens in which documents follow one another without padding. transformers lets a model be
+switched to a registered attention function; this one cuts the row at the document boundaries and lets every document
+attend to itself alone. Outside ``document_attention`` a model behaves as it always did, so that generation and other
+people's training loops are unaffected.
 
-Short documents are attended to with plain batched products: the query heads that share a key head are folded into one
-matrix, which keeps the processor's matrix units busier than the fused kernel does on few tokens. Long ones go to torch's
-fused kernel, whose memory does not grow with the square of the length.
+Short documents are attended to with plain batched products: the query heads that share a key head are folded into
+one matrix, which keeps the processor's matrix units busier than the fused kernel does on few tokens. Long ones go to
+torch's fused kernel, whose memory does not grow with the square of the length.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """How model families are stored in GGUF: tensor names, configuration keys and row orders, for both directions.
 
-llama.cpp's converter reorders the rows of the query and key projections of llama-family models. Hugging Face's rotary
-embedding pairs element j of a head with element j + d/2, ggml's pairs neighbours 2j and 2j + 1, so row (head, half, j) of
-the Hugging Face layout lies at (head, j, half) in the file.
+llama.cpp's converter reorders the rows of the query and key projections of llama-family models. Hugging Face's
+rotary embedding pairs element j of a head with element j + d/2, ggml's pairs neighbours 2j and 2j + 1, so row (head,
+half, j) of the Hugging Face layout lies at (head, j, half) in the file.
 """
 
 from __future__ import annotations
@@ -75,7 +75,9 @@ def family_of(architecture: object, where: str) -> Family:
         ModelError: lorafit does not know it.
     """
     if not isinstance(architecture, str) or architecture not in _FAMILIES:
-        raise ModelError(f"{where}: the architecture {architecture!r} is not supported; lorafit knows {', '.join(SUPPORTED)}")
+        raise ModelError(
+            f"{where}: the architecture {architecture!r} is not supported; lorafit knows {', '.join(SUPPORTED)}"
+        )
     return _FAMILIES[architecture]
 
 

@@ -37,12 +37,14 @@ class Base:
         tokenizer: Its tokenizer, with the chat template.
         path: The GGUF file or the directory that it came from.
         compute: Arithmetic type.
+        licence: Its licence, as the file says.
     """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     path: Path
     compute: torch.dtype
+    licence: str = "not stated"
 
 
 def load(model: str | Path, *, compute: Compute = "auto") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -87,7 +89,8 @@ def load_base(model: str | Path, *, compute: Compute = "auto") -> Base:
     if path.is_dir():
         return _load_directory(path, dtype)
     file = GGUFFile.open(path)
-    return Base(_model_from_gguf(file, dtype), tokenizer_from_gguf(file), path, dtype)
+    licence = str(file.metadata.get("general.license", "not stated"))
+    return Base(_model_from_gguf(file, dtype), tokenizer_from_gguf(file), path, dtype, licence)
 
 
 def compute_dtype(compute: Compute) -> torch.dtype:

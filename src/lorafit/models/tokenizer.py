@@ -18,6 +18,7 @@ Special tokens (control, unknown, user-defined, by ``tokenizer.ggml.token_type``
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -210,7 +211,11 @@ class _Reader:
         backend = Tokenizer(self.bpe(merges, ignore_merges=family.ignore_merges))
         splits = [pre_tokenizers.Split(Regex(split), "isolated") for split in family.splits]
         to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-        backend.pre_tokenizer = pre_tokenizers.Sequence([*splits, to_bytes])
+        steps = [*splits, to_bytes]
+        # A byte without a token is dropped, but what stood on its two sides does not merge.
+        if missing := set(to_bytes.alphabet()).difference(self.tokens):
+            steps.append(pre_tokenizers.Split(Regex("|".join(map(re.escape, sorted(missing)))), "removed"))
+        backend.pre_tokenizer = pre_tokenizers.Sequence(steps)
         backend.decoder = decoders.ByteLevel()
         return backend, family.add_bos
 

@@ -1,8 +1,9 @@
 """Layers whose weight stays packed.
 
-The blocks are used as they lie in the mapped file. A forward or backward pass unpacks one weight into a scratch buffer in
-the compute dtype, multiplies, and moves on, so that a whole model costs its packed size plus one unpacked layer. Nothing
-of the unpacked weight is kept for the backward pass: unpacking twice is cheaper than holding every layer in memory.
+The blocks are used as they lie in the mapped file. A forward or backward pass unpacks one weight into a scratch
+buffer in the compute dtype, multiplies, and moves on, so that a whole model costs its packed size plus one unpacked
+layer. Nothing of the unpacked weight is kept for the backward pass: unpacking twice is cheaper than holding every
+layer in memory.
 """
 
 from __future__ import annotations

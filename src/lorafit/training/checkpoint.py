@@ -23,19 +23,20 @@ _STATE = "state.pt"
 def save_checkpoint(trainer: Trainer, run: str | Path) -> Path:
     """Write ``checkpoints/step-N`` of a run and drop older ones; returns the new directory."""
     directory = Path(run) / "checkpoints" / f"step-{trainer.done}"
+    adapter = {
+        name: {part: parameter.detach() for part, parameter in module.adapter_parameters().items()}
+        for name, module in adapter_modules(trainer.model).items()
+    }
     state = {
         "step": trainer.done,
-        "adapter": {
-            name: {part: parameter.detach() for part, parameter in module.adapter_parameters().items()}
-            for name, module in adapter_modules(trainer.model).items()
-        },
+        "adapter": adapter,
         "optimizer": trainer.optimizer.state_dict(),
         "random": torch.get_rng_state(),
     }
     with replacing(directory / _STATE) as temporary:
         torch.save(state, temporary)
         reopened = torch.load(temporary, weights_only=True)
-        if reopened["step"] != trainer.done or not _same(reopened["adapter"], state["adapter"]):
+        if reopened["step"] != trainer.done or not _same(reopened["adapter"], adapter):
             raise TrainingError(f"{directory}: what was written is not what was trained; check the disk")
     for other in directory.parent.glob("step-*"):
         if other != directory:

@@ -1,9 +1,10 @@
 """Learning rates and the optimiser.
 
-The best learning rate of LoRA is about ten times that of full fine-tuning, hardly depends on the rank when the update is
-scaled by alpha/rank, and falls with the width of the model. The rule here is the one measured over many models in "LoRA
-without regret" (Schulman and others, 2025): 5e-5 · 10 · (2000 / width)^0.78. QA-LoRA's update reaches the weights through
-sums over blocks; on SmolLM2 twice that rate serves it best (see docs/training.md for the measurements).
+The best learning rate of LoRA is about ten times that of full fine-tuning, hardly depends on the rank when the
+update is scaled by alpha/rank, and falls with the width of the model. The rule here is the one measured over many
+models in "LoRA without regret" (Schulman and others, 2025): 5e-5 · 10 · (2000 / width)^0.78. QA-LoRA's update
+reaches the weights through sums over blocks; on SmolLM2 twice that rate serves it best (see docs/training.md for the
+measurements).
 """
 
 from __future__ import annotations
