@@ -61,11 +61,12 @@ class TestSmolLM2:
 
     @settings(max_examples=200, deadline=None)
     @given(text=st.text(st.characters(exclude_categories=["Cs", "Cn"])))
+    @example(text='"\x16>')
     @example(text="a\u2028 \u0085b")
     def test_any_text(self, smollm2: Any, text: str) -> None:
         """Characters newer than Python's Unicode tables are left out: the newest letters are not yet letters to all.
 
-        Six control characters have no token in this vocabulary; llama.cpp drops them too.
+        Six control characters have no token in this vocabulary: they are dropped, but what they part does not merge.
         """
         tokenizer, oracle = smollm2
         tokens = tokenizer(text).input_ids
@@ -126,7 +127,7 @@ def assert_tokens_equal(path: Path, texts: Sequence[str]) -> None:
 
 
 # Every pair of bytes merges, in random order. So a word border in another place nearly always gives other tokens.
-ALPHABET = [*"aBzZ'srtvSTLl09 \t\n\r.,!~$+<=>^|`_/-\"#(", *"éÉßſDžªʼ日本ع٣½Ⅷ²€…—！～👩🏽𝔘𐐀"]
+ALPHABET = [*"aBzZ'stredvmlSTREDVML09 \t\n\r.,!~$+<=>^|`_/-\"#(", *"éÉßſDžªʼ日本ع٣½Ⅷ²€…—！～👩🏽𝔘𐐀"]
 ALPHABET += ["\x00", "\u00a0", "\u0085", "\u2028", "\u3000", "\u200b", "\u200d", "\u0301", "\u0e31", "\ue000"]
 SPECIAL = {
     "<|bos|>": TokenType.CONTROL,
@@ -160,7 +161,8 @@ def write_byte_level(path: Path, pre: str | None, **entries: Any) -> Path:
 
 def random_texts(count: int) -> list[str]:
     source = random.Random(1)
-    parts = [*ALPHABET * 12, *[*SPECIAL, "    ", "123456", "zzzz", " lllll", "\r\n", "'Re", "aBzZ"] * 8]
+    contractions = ["'s", "'S", "'t", "'T", "'re", "'Re", "'rE", "'ve", "'VE", "'m", "'M", "'ll", "'LL", "'d", "'D"]
+    parts = [*ALPHABET, *SPECIAL, *contractions, "    ", "123456", "zzzz", " lllll", "\r\n", "aBzZ"]
     return ["".join(source.choices(parts, k=source.randint(1, 12))) for _ in range(count)]
 
 
@@ -222,13 +224,14 @@ PIECES = [
 PIECES += ["aa", "aaa", "aaaaa", "aaaa", "ab", "ba", "aba", "bab", "abab", "日本", "本語", "'s", "▁'"]
 
 
-def write_sentence_piece(path: Path, pieces: Sequence[str] = PIECES, **entries: Any) -> Path:
+def write_sentence_piece(path: Path, best_first: Sequence[str] = PIECES, **entries: Any) -> Path:
     tokens = {"<unk>": TokenType.UNKNOWN, "<s>": TokenType.CONTROL, "</s>": TokenType.CONTROL}
     tokens |= {f"<0x{byte:02X}>": TokenType.BYTE for byte in range(256)}
     characters = sorted({character for piece in PIECES for character in piece} | set("xyz.,!"))
-    normal = [*pieces, *characters]
-    tokens |= dict.fromkeys(normal, TokenType.NORMAL) | {"<|im_end|>": TokenType.USER_DEFINED}
-    scores = [0.0] * 259 + [-float(i) for i in range(len(normal))] + [0.0]
+    rank = {piece: i for i, piece in enumerate([*best_first, *characters])}
+    tokens |= dict.fromkeys(sorted(rank), TokenType.NORMAL)
+    tokens |= {"th": TokenType.UNUSED, "<|im_end|>": TokenType.USER_DEFINED}  # an unused token merges all the same
+    scores = [-float(rank.get(token, 0)) for token in tokens]
     ids = {"bos_token_id": 1, "eos_token_id": 2, "unknown_token_id": 0}
     return write_vocabulary(path, tokens, **{"model": "llama", "scores": scores, **ids, **entries})
 

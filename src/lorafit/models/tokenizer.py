@@ -7,7 +7,8 @@ A file names its algorithm in ``tokenizer.ggml.model``:
   table here would go unnoticed: the text comes back whole, merely in other tokens than the model learnt. Therefore a
   name that is not in ``_FAMILIES`` is refused, and every one that is there is tested against llama.cpp. Where llama.cpp
   departs from the expression that a model was published with (tekken's and gpt-4o's capitals outside ASCII), its
-  reading is followed, because it is what runs the result.
+  reading is followed, because it is what runs the result. Only letters so new that one of the two libraries does not
+  know them yet can be cut otherwise.
 - ``llama``: SentencePiece's BPE. There are no words and no list: any two neighbours whose concatenation is a token may
   merge, the best score first. Such pairs are listed here in the order of their scores, which gives ordinary BPE. A
   space is written as U+2581, one more is put before the text and behind every special token, and a character without a
