@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lorafit import formats as formats
+    from lorafit import nn as nn
     from lorafit.commands.merge import merge as merge
     from lorafit.commands.train import train as train
     from lorafit.config import LoRA as LoRA
@@ -37,10 +38,11 @@ _HOME = {
     "formats": None,
     "load": "lorafit.models.load",
     "merge": "lorafit.commands.merge",
+    "nn": None,
     "train": "lorafit.commands.train",
 }
 
-__all__ = ["LoRA", "QALoRA", "TrainConfig", "__version__", "attach", "formats", "load", "merge", "train"]
+__all__ = ["LoRA", "QALoRA", "TrainConfig", "__version__", "attach", "formats", "load", "merge", "nn", "train"]
 
 
 def __getattr__(name: str) -> Any:

@@ -6,7 +6,7 @@ import pytest
 
 from lorafit.cli import main
 from lorafit.data.readers import Message
-from lorafit.models.generate import generate
+from lorafit.evaluation.generate import generate
 from lorafit.models.load import load
 
 OPTIONS = ("--max-tokens", "6")

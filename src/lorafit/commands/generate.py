@@ -55,7 +55,7 @@ class Sampling:
         Raises:
             ConfigError: The adapter is to be switched off, but there is none.
         """
-        from lorafit.models.generate import generate
+        from lorafit.evaluation.generate import generate
         from lorafit.modules import adapter_modules, adapters_disabled
 
         if self.base and not adapter_modules(model):

@@ -305,7 +305,7 @@ class _Run:
 
     def samples(self) -> list[Sample]:
         """Some held-out prompts, answered greedily by base and tuned model."""
-        from lorafit.models.generate import generate
+        from lorafit.evaluation.generate import generate
         from lorafit.modules import adapters_disabled
         from lorafit.training.report import Sample
 
