@@ -225,8 +225,9 @@ class _Reader:
         if len(scores) != len(self.tokens):
             raise ModelError(f"{self.path}: {len(scores)} tokenizer scores for {len(self.tokens)} tokens")
         unknown = self.token("unknown_token_id", 0)
-        merges = _merges_by_score(self.tokens, scores, self.of_type(_NORMAL, _UNUSED))
-        backend = Tokenizer(self.bpe(merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
+        backend = Tokenizer(
+            self.bpe(self.merges_by_score(scores), unk_token=unknown, fuse_unk=True, byte_fallback=True)
+        )
         to_blocks = normalizers.Replace(" ", _SPACE)
         to_text = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
         if self.optional("add_space_prefix", bool, True):
@@ -236,6 +237,27 @@ class _Reader:
             backend.normalizer = to_blocks
         backend.decoder = decoders.Sequence(to_text)
         return backend
+
+    def merges_by_score(self, scores: np.ndarray) -> list[tuple[str, str]]:
+        """Every way to put a token together from two others, best score first."""
+        mergeable = sorted(self.of_type(_NORMAL, _UNUSED), key=lambda i: -scores[i])
+        tokens = [self.tokens[i] for i in mergeable]
+        known = set(tokens)
+        parts = known.union(*known)  # and every character of every token
+        merges = [
+            (token[:cut], token[cut:])
+            for token in tokens
+            for cut in range(1, len(token))
+            if token[:cut] in parts and token[cut:] in parts
+        ]
+        for left, right in merges:
+            if left not in known or right not in known:  # llama.cpp merges such characters, BPE cannot
+                missing = left if left not in known else right
+                raise ModelError(
+                    f"{self.path}: the token {left + right!r} is made of {missing!r}, which is not in the vocabulary; "
+                    "such a tokenizer is not supported"
+                )
+        return merges
 
     def bpe(self, merges: list[tuple[str, str]], **options: Any) -> BPE:
         vocabulary = {token: i for i, token in enumerate(self.tokens)}
@@ -285,24 +307,3 @@ def _pair(merge: str) -> tuple[str, str]:
     """The two sides of a merge, parted by its first space that does not begin it."""
     at = merge.find(" ", 1)
     return merge[:at], merge[at + 1 :]
-
-
-def _merges_by_score(tokens: list[str], scores: np.ndarray, mergeable: list[int]) -> list[tuple[str, str]]:
-    """Every way to put a token together from two others, best score first.
-
-    Raises:
-        ModelError: A token can be put together from a character that is none: llama.cpp merges those, BPE cannot.
-    """
-    known = {tokens[i] for i in mergeable}
-    parts = known.union(*known)  # and every character of every token
-    merges = [
-        (tokens[i][:cut], tokens[i][cut:])
-        for i in sorted(mergeable, key=lambda i: -scores[i])
-        for cut in range(1, len(tokens[i]))
-        if tokens[i][:cut] in parts and tokens[i][cut:] in parts
-    ]
-    for left, right in merges:
-        if left not in known or right not in known:
-            missing = left if left not in known else right
-            raise ModelError(f"the token {left + right!r} is made of {missing!r}, which is not in the vocabulary")
-    return merges
