@@ -1,0 +1,54 @@
+"""Directories of runs whose adapter is random instead of trained, so that a mistake in any row or block shows."""
+
+import json
+from pathlib import Path
+
+import torch
+import yaml
+
+from lorafit.adapters import AdapterRecord, save_adapter
+from lorafit.config import AdapterConfig, QALoRA
+from lorafit.containers.atomic import fingerprint
+from lorafit.models.load import load_base
+from lorafit.modules import adapter_modules, attach
+
+HELD_OUT = (
+    ("What did the miller leave?", "A mill, a donkey and a cat."),
+    ("Who took the mill?", "The eldest, and the second took the donkey."),
+    ("And the cat?", "It spoke: have some boots made for me, so that I can go out and be seen among people."),
+)
+
+
+def write_run(
+    path: Path,
+    base: Path,
+    config: AdapterConfig | None = None,
+    *,
+    size: float = 0.5,
+    held_out: bool = True,
+    seed: int = 1,
+) -> Path:
+    """Write the directory of a run.
+
+    Args:
+        path: The directory.
+        base: The GGUF file.
+        config: Method and settings; by default QA-LoRA of rank 2, which fits the two blocks in a tiny model's rows.
+        size: Standard deviation of the elements of B.
+        held_out: Whether it has held-out rows.
+        seed: Seed of A and B.
+    """
+    config = config or QALoRA(rank=2, alpha=4.0)
+    loaded = load_base(base)
+    torch.manual_seed(seed)
+    attach(loaded.model, config)
+    for module in adapter_modules(loaded.model).values():
+        b = next(parameter for name, parameter in module.adapter_parameters().items() if name.endswith("B"))
+        b.data.normal_(std=size)
+    save_adapter(loaded.model, path / "adapter", AdapterRecord(config, str(base), fingerprint(base)))
+    settings = {"model": str(base), "data": "rows.jsonl", "method": config.method, "no_eval": not held_out}
+    (path / "config.yaml").write_text(yaml.safe_dump(settings))
+    if held_out:
+        turns = ([{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in HELD_OUT)
+        (path / "heldout.jsonl").write_text("".join(json.dumps({"messages": turn}) + "\n" for turn in turns))
+    return path
