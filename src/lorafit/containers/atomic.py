@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from lorafit.errors import MissingFileError
+
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
@@ -35,10 +37,16 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def fingerprint(path: str | Path) -> str:
-    """SHA-256 of a model: of the file, or for a directory of the names and hashes of its .safetensors files."""
+    """SHA-256 of a model: of the file, or for a directory of the names and hashes of its .safetensors files.
+
+    Raises:
+        MissingFileError: There is neither.
+    """
     path = Path(path)
     if path.is_file():
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     lines = [f"{fingerprint(shard)}  {shard.name}\n" for shard in sorted(path.glob("*.safetensors"))]
+    if not lines:
+        raise MissingFileError(f"{path}: no such file, nor a directory of safetensors")
     return hashlib.sha256("".join(lines).encode()).hexdigest()

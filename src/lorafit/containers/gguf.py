@@ -11,6 +11,7 @@ truncated or hostile file ends in a ``ContainerError``, not in a crash or an all
 
 from __future__ import annotations
 
+import math
 import mmap
 import struct
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ _SCALARS = {
 }  # fmt: skip
 _STRING, _ARRAY = 8, 9
 _MAX_DIMENSIONS = 4  # GGML_MAX_DIMS: no writer makes more
+_MAX_NAME = 63  # bytes, GGML_MAX_NAME without its zero
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,8 @@ class GGUFFile:
             ContainerError: Not a GGUF file, truncated or corrupted.
         """
         path = Path(path)
+        if path.is_dir():
+            raise ContainerError(f"{path} is a directory, not a GGUF file")
         if not path.is_file():
             raise MissingFileError(f"{path}: no such file")
         with path.open("rb") as file:
@@ -106,7 +110,9 @@ class _Parser:
     def parse(self) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
         version = self.number("<I")
         if version not in (2, 3):
-            raise self.broken(f"its version is {version}, and lorafit reads 2 and 3 (a big-endian file must be converted)")
+            raise self.broken(
+                f"its version is {version}, and lorafit reads 2 and 3 (a big-endian file must be converted)"
+            )
         tensor_count, entry_count = self.number("<Q"), self.number("<Q")
         # The smallest entry is a key's length, a type and a byte; the smallest tensor a name's length and four numbers.
         self.bounded(entry_count, 13, "metadata entries")
@@ -114,51 +120,51 @@ class _Parser:
         metadata: dict[str, Any] = {}
         for _ in range(entry_count):
             key = self.string()
+            if key in metadata:
+                raise self.broken(f"the key {_quoted(key)} stands twice in its metadata")
             metadata[key] = self.value(self.number("<I"), key)
         entries = [self.tensor() for _ in range(tensor_count)]
         alignment = metadata.get("general.alignment", 32)
         if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
-            raise self.broken(f"general.alignment is {alignment!r}, not a power of two")
-        start = -(-self.at // alignment) * alignment
+            raise self.broken(f"general.alignment is {_quoted(str(alignment))}, not a power of two")
+        start = place = _padded(self.at, alignment)
         tensors: dict[str, TensorInfo] = {}
         for name, format_name, shape, relative in entries:
-            tensors[name] = self.placed(name, format_name, shape, relative, start, alignment)
-        if len(tensors) != tensor_count:
-            raise self.broken("two tensors have the same name")
+            if name in tensors:
+                raise self.broken(f"two tensors are called {_quoted(name)}")
+            # As llama.cpp does, accept no gaps and no overlaps: a damaged offset would give other weights in silence.
+            if start + relative != place:
+                raise self.broken(f"tensor {_quoted(name)} is said to start at {start + relative}, not at {place}")
+            tensors[name] = self.placed(name, format_name, shape, place)
+            place = _padded(place + tensors[name].nbytes, alignment)
         return metadata, tensors
 
-    def placed(
-        self, name: str, format_name: str, shape: tuple[int, ...], relative: int, start: int, alignment: int
-    ) -> TensorInfo:
-        block = block_format(format_name)
+    def placed(self, name: str, format_name: str, shape: tuple[int, ...], offset: int) -> TensorInfo:
         try:
-            row = block.row_bytes(shape[-1])
+            nbytes = math.prod(shape[:-1]) * block_format(format_name).row_bytes(shape[-1])
         except FormatError as error:
-            raise self.broken(f"tensor {name}: {error}") from None
-        nbytes = row
-        for dimension in shape[:-1]:
-            nbytes *= dimension
-        if relative % alignment:
-            raise self.broken(f"tensor {name} starts at {relative}, which is not a multiple of {alignment}")
-        if start + relative + nbytes > self.size:
+            raise self.broken(f"tensor {_quoted(name)}: {error}") from None
+        if offset + nbytes > self.size:
             raise self.broken(
-                f"tensor {name} needs {nbytes} bytes at {start + relative}, but the file ends at {self.size}; "
+                f"tensor {_quoted(name)} needs {nbytes} bytes at {offset}, but the file ends at {self.size}; "
                 "it is truncated or corrupted: fetch it again"
             )
-        return TensorInfo(name, format_name, shape, start + relative, nbytes)
+        return TensorInfo(name, format_name, shape, offset, nbytes)
 
     def tensor(self) -> tuple[str, str, tuple[int, ...], int]:
         name = self.string()
+        if len(name.encode()) > _MAX_NAME:
+            raise self.broken(f"the tensor name {_quoted(name)} is longer than {_MAX_NAME} bytes")
         dimensions = self.number("<I")
         if not 1 <= dimensions <= _MAX_DIMENSIONS:
-            raise self.broken(f"tensor {name} has {dimensions} dimensions")
+            raise self.broken(f"tensor {_quoted(name)} has {dimensions} dimensions")
         shape = tuple(self.number("<Q") for _ in range(dimensions))[::-1]
         if 0 in shape:
-            raise self.broken(f"tensor {name} has the shape {list(shape)}")
+            raise self.broken(f"tensor {_quoted(name)} has the shape {list(shape)}")
         try:
             format_name = format_by_id(self.number("<I")).name
         except FormatError as error:
-            raise FormatError(f"{self.path}: tensor {name} {error}") from None
+            raise FormatError(f"{self.path}: tensor {_quoted(name)} {error}") from None
         return name, format_name, shape, self.number("<Q")
 
     def value(self, kind: int, key: str) -> Any:
@@ -167,17 +173,17 @@ class _Parser:
         if kind == _ARRAY:
             return self.array(key)
         if kind not in _SCALARS:
-            raise self.broken(f"metadata {key!r} has the unknown type {kind}")
+            raise self.broken(f"metadata {_quoted(key)} has the unknown type {kind}")
         return self.numbers(kind, 1)[0].item()
 
     def array(self, key: str) -> list[str] | np.ndarray:
         kind, count = self.number("<I"), self.number("<Q")
         if kind == _STRING:
-            self.bounded(count, 8, f"strings in {key!r}")
+            self.bounded(count, 8, f"strings in {_quoted(key)}")
             return [self.string() for _ in range(count)]
         if kind not in _SCALARS:
-            raise self.broken(f"metadata {key!r} is an array of the unsupported type {kind}")
-        self.bounded(count, np.dtype(_SCALARS[kind]).itemsize, f"values in {key!r}")
+            raise self.broken(f"metadata {_quoted(key)} is an array of the unsupported type {kind}")
+        self.bounded(count, np.dtype(_SCALARS[kind]).itemsize, f"values in {_quoted(key)}")
         return self.numbers(kind, count)
 
     def numbers(self, kind: int, count: int) -> np.ndarray:
@@ -207,3 +213,12 @@ class _Parser:
 
     def broken(self, why: str) -> ContainerError:
         return ContainerError(f"{self.path} is not a usable GGUF file: {why}")
+
+
+def _padded(place: int, alignment: int) -> int:
+    return -(-place // alignment) * alignment
+
+
+def _quoted(text: str) -> str:
+    """Text from a file that may be damaged, fit to stand in one line."""
+    return repr(text if len(text) <= _MAX_NAME else f"{text[:_MAX_NAME]}...")
