@@ -190,7 +190,7 @@ def read_offsets(blocks: Tensor, name: str) -> Tensor:
         FormatError: The format has no offsets.
     """
     block = _with_offsets(name)
-    per_block = blocks.view(blocks.shape[0], -1, block.nbytes)
+    per_block = blocks.unflatten(1, (-1, block.nbytes))
     at = block.offset_at
     return per_block[..., at : at + 2].clone().view(torch.float16).squeeze(-1)  # type: ignore[operator]
 
@@ -209,7 +209,7 @@ def write_offsets(blocks: Tensor, name: str, offsets: Tensor) -> Tensor:
     block = _with_offsets(name)
     result = blocks.clone()
     at = block.offset_at
-    per_block = result.view(blocks.shape[0], -1, block.nbytes)
+    per_block = result.unflatten(1, (-1, block.nbytes))
     if offsets.shape != per_block.shape[:2]:
         raise FormatError(f"{list(per_block.shape[:2])} {name} blocks cannot take {list(offsets.shape)} offsets")
     per_block[..., at : at + 2] = offsets.to(torch.float16).unsqueeze(-1).contiguous().view(torch.uint8)  # type: ignore[operator]

@@ -17,12 +17,12 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from lorafit.formats import block_format
+from lorafit.formats import BlockFormat, block_format
 from lorafit.kernels import reference
 
 try:
     from lorafit.kernels import cpu
-except ImportError:  # without numba everything works, slower
+except ImportError:  # without numba, or on a processor that it cannot serve, everything works, slower
     cpu = None  # type: ignore[assignment]
 
 
@@ -47,11 +47,11 @@ def dequantize(
 
     Returns:
         [rows, width] of ``dtype``.
+
+    Raises:
+        IndexError: ``rows`` asks for a row that is not there.
     """
-    block = block_format(format_name)
-    count = blocks.shape[0] if rows is None else rows.shape[0]
-    shape = (count, blocks.shape[1] // block.nbytes * block.elements)
-    assert offsets is None or offsets.shape == (shape[0], shape[1] // block.elements), "one offset per block"
+    shape = _checked_shape(blocks, block_format(format_name), rows, offsets)
     if out is None:
         out = torch.empty(shape, dtype=dtype, device=blocks.device)
     assert out.shape == shape and out.dtype == dtype and out.is_contiguous()
@@ -73,13 +73,34 @@ def linear(
 
     Returns:
         [tokens, rows] in the type of ``x``, accumulated in float32.
+
+    Raises:
+        IndexError: ``rows`` asks for a row that is not there.
     """
+    shape = _checked_shape(blocks, block_format(format_name), rows, offsets)
+    assert x.shape[1:] == shape[1:], "a vector as wide as the weight"
     return _backend(blocks, format_name, torch.float32).linear(x, blocks, format_name, rows, offsets)
 
 
 def fuses_linear(blocks: Tensor, format_name: str) -> bool:
     """Whether ``linear`` runs without unpacking the weight on this device and format."""
     return _backend(blocks, format_name, torch.float32) is not reference
+
+
+def _checked_shape(blocks: Tensor, block: BlockFormat, rows: Tensor | None, offsets: Tensor | None) -> tuple[int, int]:
+    """The weight's shape. Compiled code reads wherever it is told to, so every claim is checked here."""
+    groups = blocks.shape[1] // block.nbytes
+    assert blocks.dtype == torch.uint8 and blocks.shape[1] == groups * block.nbytes, "whole blocks"
+    if rows is not None and len(rows):
+        low, high = (int(end) for end in torch.aminmax(rows))
+        if low < 0 or high >= blocks.shape[0]:
+            wrong = low if low < 0 else high
+            raise IndexError(f"no row {wrong} in a weight of {blocks.shape[0]} rows (a token that the model lacks?)")
+    count = blocks.shape[0] if rows is None else len(rows)
+    if offsets is not None:
+        assert block.offset_at is not None, f"{block.name} has no offsets"
+        assert offsets.shape == (count, groups) and offsets.dtype == torch.float16, "one half for each block"
+    return count, groups * block.elements
 
 
 def _backend(blocks: Tensor, format_name: str, dtype: torch.dtype) -> ModuleType:

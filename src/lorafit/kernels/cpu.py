@@ -6,12 +6,13 @@ block's scale and add its offset; then round to bfloat16 and store, or multiply 
 them onto whatever the processor has (AVX-512, AVX2, NEON).
 
 The offset comes from the block, or from ``offsets`` where the caller brings other ones (QA-LoRA). float32 to bfloat16
-rounds to nearest, ties to even, as torch does; a NaN stays one because its quiet bit lies in the upper half.
+rounds to nearest, ties to even, as torch does; a NaN is set apart, because rounding up would carry its bits to zero.
 """
 
 from __future__ import annotations
 
-from functools import lru_cache
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import numba
@@ -24,8 +25,13 @@ from torch import Tensor
 
 from lorafit.formats import block_format
 
+if not torch.cpu.get_capabilities().get("f16c", True):
+    # LLVM would look for a library's conversion of half precision, find none, and abort the process.
+    raise ImportError("this processor does not convert half precision; lorafit computes without compiled code")
+
 _LANES = 16
 _BLOCK = 32  # elements of every block format below
+_NAN = 0x7FC0  # in bfloat16
 _I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 _F32 = ir.FloatType()
 
@@ -92,7 +98,7 @@ def _element(context: Any, builder: ir.IRBuilder, kind: types.Array, array: ir.V
 
 
 def _block_weights(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> list[ir.Value]:
-    """Unpack block ``args[1]`` of the array ``args[0]``, with offset ``args[3]`` of the array ``args[2]`` or its own."""
+    """Unpack block ``args[1]`` of the array ``args[0]``, with offset ``args[3]`` of ``args[2]`` or with its own."""
     kinds = signature.args
     (format_name,) = kinds[0].dtype.fields
     block = builder.bitcast(_element(context, builder, kinds[0], args[0], args[1]), _I8.as_pointer())
@@ -106,7 +112,8 @@ def _bfloat16_bits(builder: ir.IRBuilder, weights: ir.Value) -> ir.Value:
     bits = builder.bitcast(weights, _vector(_I32))
     odd = builder.and_(builder.lshr(bits, _constant(_I32, 16)), _constant(_I32, 1))
     rounded = builder.add(builder.add(bits, _constant(_I32, 0x7FFF)), odd)
-    return builder.trunc(builder.lshr(rounded, _constant(_I32, 16)), _vector(_I16))
+    upper = builder.trunc(builder.lshr(rounded, _constant(_I32, 16)), _vector(_I16))
+    return builder.select(builder.fcmp_unordered("uno", weights, weights), _constant(_I16, _NAN), upper)
 
 
 @intrinsic
@@ -144,7 +151,16 @@ def _add_products(typing: Any, blocks: Any, block: Any, offsets: Any, offset: An
     return types.void(blocks, block, offsets, offset, x, at, sums), generate
 
 
-@njit(parallel=True, boundscheck=False, cache=True)
+def _compiled(function: Callable[..., None]) -> Any:
+    """The function in machine code, kept on disk for the next process unless no place for that can be written to."""
+    options = {"parallel": True, "boundscheck": False}
+    try:
+        return njit(function, cache=True, **options)
+    except RuntimeError:
+        return njit(function, **options)
+
+
+@_compiled
 def _dequantize_rows(blocks: Any, rows: Any, offsets: Any, groups: int, out: Any) -> None:
     for row in prange(rows.shape[0]):
         for group in range(groups):
@@ -152,7 +168,7 @@ def _dequantize_rows(blocks: Any, rows: Any, offsets: Any, groups: int, out: Any
             _store_block(blocks, rows[row] * groups + group, offsets, here, out, here * _BLOCK)
 
 
-@njit(parallel=True, boundscheck=False, cache=True)
+@_compiled
 def _linear_rows(x: Any, blocks: Any, rows: Any, offsets: Any, groups: int, out: Any) -> None:
     for row in prange(rows.shape[0]):
         sums = np.empty(_LANES, np.float32)
@@ -180,10 +196,10 @@ def dequantize(blocks: Tensor, format_name: str, rows: Tensor | None, offsets: T
 
 def linear(x: Tensor, blocks: Tensor, format_name: str, rows: Tensor | None, offsets: Tensor | None) -> Tensor:
     """x·Wᵀ: [tokens, width] -> [tokens, rows] in the type of ``x``."""
-    out = np.empty((x.shape[0], blocks.shape[0]), np.float32)
-    inputs = x.float().contiguous().numpy().reshape(-1)
-    _follow_torch_threads()
     order = _order(rows, blocks.shape[0])
+    out = np.empty((x.shape[0], len(order)), np.float32)
+    inputs = x.detach().float().contiguous().numpy().reshape(-1)
+    _follow_torch_threads()
     _linear_rows(inputs, _records(blocks, format_name), order, _bits(offsets), x.shape[1] // _BLOCK, out)
     return torch.from_numpy(out).to(x.dtype)
 
@@ -192,7 +208,7 @@ def _follow_torch_threads() -> None:
     numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
 
 
-@lru_cache(maxsize=None)
+@cache
 def _record(format_name: str) -> np.dtype:
     return np.dtype([(format_name, "u1", block_format(format_name).nbytes)])
 
@@ -201,13 +217,13 @@ def _records(blocks: Tensor, format_name: str) -> np.ndarray:
     return blocks.numpy().reshape(-1).view(_record(format_name))
 
 
-@lru_cache(maxsize=None)
+@cache
 def _natural_order(count: int) -> np.ndarray:
     return np.arange(count)
 
 
 def _order(rows: Tensor | None, count: int) -> np.ndarray:
-    return _natural_order(count) if rows is None else rows.numpy()
+    return _natural_order(count) if rows is None else rows.long().contiguous().numpy()
 
 
 def _bits(offsets: Tensor | None) -> np.ndarray | None:

@@ -21,7 +21,7 @@ def dequantize(blocks: Tensor, format_name: str, rows: Tensor | None, offsets: T
 def linear(x: Tensor, blocks: Tensor, format_name: str, rows: Tensor | None, offsets: Tensor | None) -> Tensor:
     """x·Wᵀ in float32: [tokens, width] -> [tokens, rows]."""
     block = block_format(format_name)
-    width = blocks.shape[1] // block.nbytes * block.elements
-    weight = torch.empty(blocks.shape[0], width, device=blocks.device)
+    count, width = blocks.shape[0] if rows is None else len(rows), blocks.shape[1] // block.nbytes * block.elements
+    weight = torch.empty(count, width, device=blocks.device)
     dequantize(blocks, format_name, rows, offsets, weight)
     return (x.float() @ weight.T).to(x.dtype)
