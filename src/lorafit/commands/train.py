@@ -12,7 +12,7 @@ from cyclopts import Parameter
 
 from lorafit.commands.console import Console, readable_bytes, readable_seconds
 from lorafit.config import TrainConfig
-from lorafit.errors import LorafitError
+from lorafit.errors import LorafitError, TrainingError
 
 if TYPE_CHECKING:
     from lorafit.evaluation.loss import Metrics
@@ -224,6 +224,13 @@ class _Run:
 
     def finish(self, before: Metrics | None) -> Summary:
         """Measure, save, reopen, and write what people read."""
+        from lorafit.modules.qalora import offsets_held
+
+        # What is measured below is, to the bit, what is saved.
+        with offsets_held(self.base.model):
+            return self._finish(before)
+
+    def _finish(self, before: Metrics | None) -> Summary:
         from lorafit.adapters import AdapterRecord, save_adapter
         from lorafit.containers.atomic import fingerprint, write_text
         from lorafit.training import report, setup
@@ -234,10 +241,14 @@ class _Run:
         after = self.evaluate("tuned")
         self.directory.record_evaluation(config.steps, after)
         samples = self.samples()
-        sha256 = fingerprint(self.base.path)
+        records = self.directory.records()
+        sha256 = records[0]["base_sha256"]
+        if fingerprint(self.base.path) != sha256:
+            raise TrainingError(
+                f"{self.base.path} changed while it was trained on; this run cannot be used, train anew"
+            )
         adapter = AdapterRecord(setup.adapter_config(config, config.method), _lasting_name(config.model), sha256)
         save_adapter(self.base.model, self.directory.adapter, adapter)
-        records = self.directory.records()
         steps = [record for record in records if "loss" in record]
         seconds = sum(record["seconds"] for record in steps)
         tokens = sum(record["tokens"] for record in steps)
