@@ -7,6 +7,7 @@ half, j) of the Hugging Face layout lies at (head, j, half) in the file.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -40,7 +41,7 @@ class Family:
 
     Attributes:
         model_type: Its name in transformers.
-        config: Field of the transformers configuration -> metadata key without the architecture's prefix.
+        config: Count in the transformers configuration -> metadata key without the architecture's prefix.
         permuted: GGUF name of a layer's weight -> configuration field that counts its heads.
     """
 
@@ -59,7 +60,6 @@ _FAMILIES = {
             "intermediate_size": "feed_forward_length",
             "num_attention_heads": "attention.head_count",
             "num_key_value_heads": "attention.head_count_kv",
-            "rms_norm_eps": "attention.layer_norm_rms_epsilon",
         },
         permuted={"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"},
     ),
@@ -75,9 +75,8 @@ def family_of(architecture: object, where: str) -> Family:
         ModelError: lorafit does not know it.
     """
     if not isinstance(architecture, str) or architecture not in _FAMILIES:
-        raise ModelError(
-            f"{where}: the architecture {architecture!r} is not supported; lorafit knows {', '.join(SUPPORTED)}"
-        )
+        shown = repr(str(architecture)[:40])
+        raise ModelError(f"{where}: the architecture {shown} is not supported; lorafit knows {', '.join(SUPPORTED)}")
     return _FAMILIES[architecture]
 
 
@@ -90,38 +89,45 @@ def config_fields(metadata: Mapping[str, Any], where: str) -> dict[str, Any]:
     architecture = metadata.get("general.architecture")
     family = family_of(architecture, where)
 
-    def get(key: str, default: Any = None) -> Any:
+    def get(key: str, default: Any = None, kind: type = int) -> Any:
         value = metadata.get(f"{architecture}.{key}", default)
         if value is None:
             raise ModelError(f"{where}: the metadata lack {architecture}.{key}")
-        return value
+        possible = isinstance(value, int | kind) and not isinstance(value, bool)
+        if not possible or not 0 < value < (2**31 if kind is int else math.inf):
+            shown = value if possible else f"a {type(value).__name__}"
+            raise ModelError(f"{where}: {architecture}.{key} is {shown}, which no model has")
+        return kind(value)
 
-    defaults = {"num_key_value_heads": get("attention.head_count")}
+    defaults = {"num_key_value_heads": metadata.get(f"{architecture}.attention.head_count")}
     fields = {field: get(key, defaults.get(field)) for field, key in family.config.items()}
-    for field, value in fields.items():
-        if not isinstance(value, int | float) or not 0 < value < 2**31:
-            raise ModelError(f"{where}: {architecture}.{family.config[field]} is {value!r}, which no model has")
-    heads, width = fields["num_attention_heads"], fields["hidden_size"]
-    if heads % fields["num_key_value_heads"]:
-        raise ModelError(f"{where}: {heads} attention heads cannot share {fields['num_key_value_heads']} key heads")
-    fields["head_dim"] = metadata.get(f"{architecture}.attention.key_length", width // heads)
-    rotated = metadata.get(f"{architecture}.rope.dimension_count", fields["head_dim"])
-    if rotated != fields["head_dim"]:
-        raise ModelError(f"{where}: rotary embedding on {rotated} of {fields['head_dim']} dimensions is not supported")
-    scaling = metadata.get(f"{architecture}.rope.scaling.type", "none")
+    width, heads, key_heads = (fields[f] for f in ("hidden_size", "num_attention_heads", "num_key_value_heads"))
+    if width % heads or heads % key_heads:
+        raise ModelError(f"{where}: {heads} attention heads cannot share {width} dimensions and {key_heads} key heads")
+    size = fields["head_dim"] = get("attention.key_length", width // heads)
+    for key in ("attention.value_length", "rope.dimension_count"):
+        if get(key, size) != size or size % 2:
+            said = f"{architecture}.{key} = {get(key, size)}"
+            raise ModelError(f"{where}: heads of {size} dimensions with {said} are not supported")
+    fields["rms_norm_eps"] = get("attention.layer_norm_rms_epsilon", kind=float)
+    fields["rope_parameters"] = {"rope_theta": get("rope.freq_base", 10000.0, float), "rope_type": "default"}
+    # llama.cpp's defaults: a factor (under its old name, too) that comes without a type is for linear scaling.
+    factor = get("rope.scaling.factor", get("rope.scale_linear", 1.0, float), float)
+    scaling = str(metadata.get(f"{architecture}.rope.scaling.type", "linear"))
     if scaling not in ("none", "linear"):
-        raise ModelError(f"{where}: rotary scaling {scaling!r} is not supported (none and linear are)")
-    if metadata.get(f"{architecture}.expert_count"):
+        raise ModelError(f"{where}: rotary scaling {scaling[:40]!r} is not supported (none and linear are)")
+    if scaling == "linear" and factor != 1.0:
+        fields["rope_parameters"] |= {"rope_type": "linear", "factor": factor}
+    if get("rope.scaling.attn_factor", 1.0, float) != 1.0:
+        raise ModelError(f"{where}: {architecture}.rope.scaling.attn_factor is not supported")
+    experts = metadata.get(f"{architecture}.expert_count", 0)
+    if not isinstance(experts, int) or experts:
         raise ModelError(f"{where}: mixture-of-experts models are not supported")
-    rope = {"rope_theta": float(get("rope.freq_base", 10000.0)), "rope_type": "default"}
-    if scaling == "linear":
-        rope |= {"rope_type": "linear", "factor": float(get("rope.scaling.factor"))}
-    fields["rope_parameters"] = rope
     return fields
 
 
 def hf_name(gguf_name: str) -> str | None:
-    """``blk.3.attn_q.weight`` -> ``model.layers.3.self_attn.q_proj.weight``; None for a tensor that has no counterpart."""
+    """``blk.3.attn_q.weight`` -> ``model.layers.3.self_attn.q_proj.weight``; None for a name without a counterpart."""
     layer = re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", gguf_name)
     if layer and layer[2] in _LAYER_NAMES:
         return f"model.layers.{layer[1]}.{_LAYER_NAMES[layer[2]]}.{layer[3]}"

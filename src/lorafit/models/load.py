@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import json
 import logging
+import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,12 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
 
 from lorafit.adapters import load_adapter, read_record
 from lorafit.config import Compute
 from lorafit.containers.gguf import GGUFFile, TensorInfo
-from lorafit.errors import MissingFileError, ModelError
-from lorafit.formats import dequantize
+from lorafit.errors import ContainerError, MissingFileError, ModelError
+from lorafit.formats import dequantize, finite
 from lorafit.models import keymap
 from lorafit.models.pull import EMBEDDED, pull
 from lorafit.models.tokenizer import tokenizer_from_gguf
@@ -90,7 +94,9 @@ def load_base(model: str | Path, *, compute: Compute = "auto") -> Base:
         return _load_directory(path, dtype)
     file = GGUFFile.open(path)
     licence = str(file.metadata.get("general.license", "not stated"))
-    return Base(_model_from_gguf(file, dtype), tokenizer_from_gguf(file), path, dtype, licence)
+    keymap.family_of(file.metadata.get("general.architecture"), str(path))  # of an unknown one, read nothing else
+    tokenizer = tokenizer_from_gguf(file)
+    return Base(_model_from_gguf(file, tokenizer, dtype), tokenizer, path, dtype, licence)
 
 
 def compute_dtype(compute: Compute) -> torch.dtype:
@@ -119,13 +125,15 @@ def _resolve(model: str | Path) -> Path:
     return path
 
 
-def _model_from_gguf(file: GGUFFile, dtype: torch.dtype) -> PreTrainedModel:
+def _model_from_gguf(file: GGUFFile, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype) -> PreTrainedModel:
     where = str(file.path)
     family = keymap.family_of(file.metadata.get("general.architecture"), where)
     fields = keymap.config_fields(file.metadata, where)
     embedding = file.tensors.get("token_embd.weight")
     if embedding is None:
         raise ModelError(f"{where}: the tensor token_embd.weight is missing")
+    if len(tokenizer) != embedding.shape[0]:
+        raise ModelError(f"{where}: has {len(tokenizer)} tokens, but token_embd.weight is for {embedding.shape[0]}")
     if fields["num_hidden_layers"] > len(file.tensors):
         raise ModelError(f"{where}: claims {fields['num_hidden_layers']} layers, but holds {len(file.tensors)} tensors")
     config = AutoConfig.for_model(
@@ -134,8 +142,8 @@ def _model_from_gguf(file: GGUFFile, dtype: torch.dtype) -> PreTrainedModel:
         vocab_size=embedding.shape[0],
         tie_word_embeddings="output.weight" not in file.tensors,
         attention_bias="blk.0.attn_q.bias" in file.tensors,
-        bos_token_id=file.metadata.get("tokenizer.ggml.bos_token_id"),
-        eos_token_id=file.metadata.get("tokenizer.ggml.eos_token_id"),
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
         dtype=dtype,
     )
     with torch.device("meta"):
@@ -145,13 +153,21 @@ def _model_from_gguf(file: GGUFFile, dtype: torch.dtype) -> PreTrainedModel:
     for info in sorted(file.tensors.values(), key=lambda info: len(info.shape), reverse=True):
         name = keymap.hf_name(info.name)
         if name is not None:
-            _place(model, name, info, file.blocks(info.name), keymap.row_order(info.name, family, config), dtype)
+            _place(model, name, info, _blocks(file, info), keymap.row_order(info.name, family, config), dtype)
     if config.tie_word_embeddings:
         model.lm_head = PackedLinear(model.model.embed_tokens.packed)
     _restore_rotary(model, file)
     on_meta = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
     assert not on_meta, f"left without data: {on_meta}"
     return model.requires_grad_(False).eval()
+
+
+def _blocks(file: GGUFFile, info: TensorInfo) -> Tensor:
+    """The blocks of a tensor, which must hold finite numbers: what a damaged one does would be seen late or never."""
+    blocks = file.blocks(info.name)
+    if not finite(blocks, info.format):
+        raise ContainerError(f"{file.path}: {info.name!r} holds numbers that are not finite; fetch the file again")
+    return blocks
 
 
 def _check_tensors(file: GGUFFile, model: PreTrainedModel) -> None:
@@ -161,12 +177,16 @@ def _check_tensors(file: GGUFFile, model: PreTrainedModel) -> None:
     problems = [f"{name} is missing" for name in expected if name not in found]
     for name, info in found.items():
         if name not in expected:
-            problems.append(f"{info.name} is not a tensor of this architecture")
+            problems.append(f"{info.name!r} is not a tensor of this architecture")
         elif expected[name] != info.shape:
             problems.append(f"{info.name} has the shape {list(info.shape)}, not {list(expected[name])}")
+    _raise_problems(file.path, problems)
+
+
+def _raise_problems(path: Path, problems: list[str]) -> None:
     if problems:
         rest = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise ModelError(f"{file.path} does not hold the model that it describes: {'; '.join(problems[:5])}{rest}")
+        raise ModelError(f"{path} does not hold the model that it describes: {'; '.join(problems[:5])}{rest}")
 
 
 def _place(
@@ -192,10 +212,21 @@ def _restore_rotary(model: PreTrainedModel, file: GGUFFile) -> None:
     rotary = type(model.model.rotary_emb)(model.config)
     if keymap.ROTARY_FACTORS in file.tensors:
         info = file.tensors[keymap.ROTARY_FACTORS]
-        factors = dequantize(file.blocks(info.name), info.format, info.shape)
+        factors = dequantize(_blocks(file, info), info.format, info.shape)
+        if factors.shape != rotary.inv_freq.shape or not bool((factors > 0).all()):
+            wanted = len(rotary.inv_freq)
+            raise ModelError(f"{file.path}: {info.name} must be {wanted} positive factors, one for each pair of a head")
         rotary.inv_freq = rotary.inv_freq / factors
         rotary.original_inv_freq = rotary.inv_freq.clone()
     model.model.rotary_emb = rotary
+
+
+# Settings of config.json that change what a model computes or how it is stored, and that lorafit does not carry out.
+_UNSUPPORTED = {
+    "quantization_config": "lorafit does not read weights that are quantised so; use a GGUF file of the model",
+    "auto_map": "it brings its own modelling code, which lorafit does not run",
+    "attention_dropout": "lorafit trains without dropout in attention; set it to 0 there",
+}
 
 
 def _load_directory(path: Path, dtype: torch.dtype) -> Base:
@@ -203,27 +234,59 @@ def _load_directory(path: Path, dtype: torch.dtype) -> Base:
     if not config_file.is_file():
         raise ModelError(f"{path} is neither a model nor a run: it has no config.json and no adapter/")
     try:
-        model_type = json.loads(config_file.read_text(encoding="utf-8")).get("model_type")
-    except (ValueError, AttributeError):
-        raise ModelError(f"{config_file} is not a JSON object") from None
-    keymap.family_of(model_type, str(path))
+        fields = json.loads(config_file.read_text(encoding="utf-8"))
+    except ValueError:
+        fields = None
+    if not isinstance(fields, dict):
+        raise ModelError(f"{config_file} is not a JSON object")
+    keymap.family_of(fields.get("model_type"), str(path))
+    for name, why in _UNSUPPORTED.items():
+        if fields.get(name):
+            raise ModelError(f"{config_file} sets {name}: {why}")
     if not list(path.glob("*.safetensors")):
         raise ModelError(f"{path} holds no .safetensors file; lorafit does not load pickled weights")
-    # The differences are raised below, all at once; transformers' own report of them would come twice.
-    logging.getLogger("transformers.modeling_utils").setLevel(logging.ERROR)
-    try:
-        model, report = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, attn_implementation="sdpa", use_safetensors=True, output_loading_info=True
-        )
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise ModelError(f"{path} cannot be loaded: {str(error).splitlines()[0]}") from error
-    _check_report(path, report)
+    with _quiet_transformers():
+        try:
+            # Differences of shape are let through, to be reported below together with all others.
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                path, dtype=dtype, attn_implementation="sdpa", use_safetensors=True, trust_remote_code=False,
+                ignore_mismatched_sizes=True, output_loading_info=True,
+            )  # fmt: skip
+        except Exception as error:  # of many kinds: transformers', safetensors', Python's
+            raise ModelError(f"{path} cannot be loaded: {_in_one_line(error)}") from error
+        model, report = loaded
+        _check_report(path, report)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        except Exception as error:
+            raise ModelError(f"{path}: its tokenizer cannot be loaded: {_in_one_line(error)}") from error
     return Base(model.requires_grad_(False).eval(), tokenizer, path, dtype)
 
 
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """No warnings and bars from transformers inside: what they report is raised as one error, or is no concern."""
+    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity(logging.CRITICAL)
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def _in_one_line(error: Exception) -> str:
+    return textwrap.shorten(f"{type(error).__name__}: {error}", 300)
+
+
 def _check_report(path: Path, report: dict[str, Any]) -> None:
-    problems = [f"{kind.removesuffix('_keys')} {name}" for kind, names in report.items() for name in names or ()]
-    if problems:
-        rest = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise ModelError(f"{path} does not hold the model that it describes: {', '.join(problems[:5])}{rest}")
+    problems = [f"{name} is missing" for name in report["missing_keys"]]
+    problems += [f"{name} is not a weight of this architecture" for name in report["unexpected_keys"]]
+    problems += [
+        f"{name} has the shape {list(found)}, not {list(expected)}"
+        for name, found, expected in report["mismatched_keys"]
+    ]
+    problems += [str(message) for message in report["error_msgs"]]
+    _raise_problems(path, sorted(problems))
