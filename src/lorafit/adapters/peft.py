@@ -22,8 +22,9 @@ from torch import Tensor, nn
 
 from lorafit.config import AdapterConfig, LoRA, QALoRA
 from lorafit.containers.atomic import replacing, write_text
-from lorafit.errors import AdapterError, MissingFileError
+from lorafit.errors import AdapterError, ConfigError, MissingFileError
 from lorafit.modules import AdapterModule, Coverage, QALoRALinear, adapter_modules, attach
+from lorafit.modules.packed import is_linear
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -31,20 +32,21 @@ OFFSETS_FILE = "qalora_offsets.safetensors"
 
 _PREFIX = "base_model.model."
 
-# Fields of PEFT's configuration that change what an adapter computes, with the values that lorafit computes.
+# Fields of PEFT's configuration that are read, or that say nothing about what a trained adapter computes.
+_HARMLESS = frozenset((
+    "r", "lora_alpha", "use_rslora", "lora_dropout", "target_modules", "base_model_name_or_path", "revision",
+    "task_type", "inference_mode", "auto_mapping", "peft_version", "megatron_core", "qalora_group_size",
+    "loftq_config", "eva_config", "corda_config", "lora_ga_config",
+))  # fmt: skip
+
+# Any other field must say nothing, so that a variant of LoRA that is yet to be invented is refused too. These may say
+# what lorafit computes. (Other initialisations, such as PiSSA, change the base, and the adapter fits that one only.)
+_NOTHING: tuple[Any, ...] = (None, False, [], {}, "")
 _PLAIN: Mapping[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
     "bias": ("none", None),
-    "fan_in_fan_out": (False, None),
-    **{
-        name: (None, False, [], {})
-        for name in (
-            "use_dora", "use_qalora", "use_bdlora", "lora_bias", "modules_to_save", "trainable_token_indices",
-            "rank_pattern", "alpha_pattern", "layer_replication", "target_parameters", "alora_invocation_tokens",
-            "arrow_config", "kasa_config", "monteclora_config", "velora_config", "megatron_config",
-        )
-    },
-}  # fmt: skip
+    "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva"),
+}
 
 
 @dataclass(frozen=True)
@@ -99,27 +101,25 @@ def read_record(directory: str | Path) -> AdapterRecord:
         AdapterError: It is of a kind that lorafit cannot represent.
     """
     directory = Path(directory)
-    fields = _read_config(directory / CONFIG_FILE)
-    for key, allowed in _PLAIN.items():
-        if key in fields and fields[key] not in allowed:
-            raise AdapterError(f"{directory}: {key} = {fields[key]!r} is not supported by lorafit")
+    path = directory / CONFIG_FILE
+    fields = _read_config(path)
+    for key, value in fields.items():
+        if key not in _HARMLESS and value not in _PLAIN.get(key, _NOTHING):
+            raise AdapterError(f"{path}: {key} = {value!r} is not supported by lorafit")
     note = _read_note(directory / WEIGHTS_FILE)
-    if note:
+    try:
+        if not note:
+            return AdapterRecord(_foreign_config(fields), fields.get("base_model_name_or_path") or "", "")
         kind = {"lora": LoRA, "qalora": QALoRA}[note["method"]]
-        return AdapterRecord(kind(**note["config"]), note["base"], note["base_sha256"])
-    targets = fields.get("target_modules")
-    config = LoRA(
-        rank=fields["r"],
-        alpha=fields["lora_alpha"],
-        scaling="rslora" if fields.get("use_rslora") else "standard",
-        dropout=fields.get("lora_dropout") or 0.0,
-        targets="all-linear"
-        if targets == "all-linear"
-        else targets
-        if isinstance(targets, str)
-        else ",".join(targets or ()),
-    )
-    return AdapterRecord(config, fields.get("base_model_name_or_path") or "", "")
+        record = AdapterRecord(kind(**note["config"]), note["base"], note["base_sha256"])
+    except ConfigError as error:
+        raise AdapterError(f"{directory}: {error}") from None
+    except (KeyError, TypeError, AttributeError):
+        raise AdapterError(f"{directory} does not describe an adapter that lorafit can read") from None
+    for key, value in _scaling_fields(record.config).items():
+        if fields.get(key, value) != value:
+            raise AdapterError(f"{path}: {key} is {fields[key]!r}, but the weights were trained with {value!r}")
+    return record
 
 
 def load_adapter(
@@ -134,7 +134,7 @@ def load_adapter(
 
     Raises:
         MissingFileError: A file is missing.
-        AdapterError: The adapter does not fit the model; every missing, unexpected and misshapen tensor is listed.
+        AdapterError: The adapter does not fit the model; one error for all missing, unexpected and misshapen tensors.
     """
     directory = Path(directory)
     record = read_record(directory)
@@ -150,16 +150,11 @@ def load_adapter(
             if key in weights:
                 problem = _set_factor(module, part, weights[key])
                 problems += [f"{key} {problem}"] if problem else []
+    if hold_offsets and isinstance(record.config, QALoRA):
+        problems += _hold_offsets(modules, read_offsets_file(directory))
     if problems:
         rest = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise AdapterError(f"{directory} does not fit the model: {'; '.join(problems[:5])}{rest}")
-    if hold_offsets and isinstance(record.config, QALoRA):
-        stored = read_offsets_file(directory)
-        for name, module in modules.items():
-            if isinstance(module, QALoRALinear):
-                if name not in stored or stored[name].shape != module.offsets.shape:
-                    raise AdapterError(f"{directory / OFFSETS_FILE} has no offsets that fit {name}")
-                module.hold(stored[name])
     return record, coverage
 
 
@@ -179,7 +174,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise MissingFileError(f"{path}: no such file; the adapter is not complete")
     try:
         with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}
+            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (it is no dict)
     except SafetensorError as error:
         raise AdapterError(f"{path} is not a usable safetensors file: {error}") from None
 
@@ -195,31 +190,62 @@ def _write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, s
 def _set_factor(module: AdapterModule, part: str, value: Tensor) -> str | None:
     """Copy a saved factor into a module; returns what is wrong with it, if anything."""
     parameter = module.adapter_parameters()[f"qalora_{part}" if isinstance(module, QALoRALinear) else f"lora_{part}"]
-    if isinstance(module, QALoRALinear) and part == "A":
-        columns = value[:, :: module.group]
-        if not torch.equal(columns.repeat_interleave(module.group, dim=1), value):
-            return "is not constant within blocks, as QA-LoRA needs"
-        value = columns
-    if value.shape != parameter.shape:
-        return f"has the shape {list(value.shape)}, not {list(parameter.shape)}"
+    group = module.group if isinstance(module, QALoRALinear) and part == "A" else 1
+    expected = [parameter.shape[0], parameter.shape[1] * group]
+    if list(value.shape) != expected:
+        return f"has the shape {list(value.shape)}, not {expected}"
+    if not bool(torch.isfinite(value).all()):
+        return "holds numbers that are not finite"
+    columns = value[:, ::group]
+    if not torch.equal(columns.repeat_interleave(group, dim=1), value):
+        return "is not constant within blocks, as QA-LoRA needs"
     with torch.no_grad():
-        parameter.copy_(value)
+        parameter.copy_(columns)
     return None
 
 
+def _hold_offsets(modules: Mapping[str, AdapterModule], stored: Mapping[str, Tensor]) -> list[str]:
+    """Let every QA-LoRA module compute with its stored offsets; returns what is wrong with them."""
+    problems = [f"offsets of {name} are unexpected" for name in sorted(stored.keys() - modules.keys())]
+    for name, module in modules.items():
+        assert isinstance(module, QALoRALinear)
+        offsets = stored.get(name)
+        if offsets is None:
+            problems.append(f"offsets of {name} are missing")
+        elif offsets.dtype != torch.float16 or offsets.shape != module.offsets.shape:
+            found, expected = list(offsets.shape), list(module.offsets.shape)
+            problems.append(f"offsets of {name} are {offsets.dtype} {found}, not torch.float16 {expected}")
+        else:
+            module.hold(offsets.to(module.offsets.device))
+    return problems
+
+
+def _scaling_fields(config: AdapterConfig) -> dict[str, Any]:
+    """Rank and scaling as PEFT states them; it divides by the rank or its root, so a plain factor is multiplied."""
+    scaling = config.scaling if isinstance(config, LoRA) else "standard"
+    alpha = config.alpha * config.rank if scaling == "plain" else config.alpha
+    return {"r": config.rank, "lora_alpha": alpha, "use_rslora": scaling == "rslora"}
+
+
+def _foreign_config(fields: Mapping[str, Any]) -> LoRA:
+    """What an adapter that lorafit did not write was trained with."""
+    targets = fields.get("target_modules") or ()
+    return LoRA(
+        rank=fields["r"],
+        alpha=fields["lora_alpha"],
+        scaling="rslora" if fields.get("use_rslora") else "standard",
+        dropout=fields.get("lora_dropout") or 0.0,
+        targets=targets if isinstance(targets, str) else ",".join(targets),
+    )
+
+
 def _peft_config(model: nn.Module, record: AdapterRecord) -> dict[str, Any]:
-    config = record.config
-    rslora = isinstance(config, LoRA) and config.scaling == "rslora"
-    plain = isinstance(config, LoRA) and config.scaling == "plain"
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": record.base,
-        "r": config.rank,
-        # PEFT divides by the rank, or its root, so a plain factor is multiplied by it first.
-        "lora_alpha": config.alpha * config.rank if plain else config.alpha,
-        "use_rslora": rslora,
-        "lora_dropout": config.dropout if isinstance(config, LoRA) else 0.0,
+        **_scaling_fields(record.config),
+        "lora_dropout": record.config.dropout if isinstance(record.config, LoRA) else 0.0,
         "target_modules": _target_modules(model),
         "bias": "none",
         "fan_in_fan_out": False,
@@ -232,12 +258,8 @@ def _target_modules(model: nn.Module) -> list[str]:
     """Short names where they say exactly what was wrapped, full names otherwise."""
     wrapped = set(adapter_modules(model))
     short = {name.rsplit(".", 1)[-1] for name in wrapped}
-    named_so = {
-        name
-        for name, module in model.named_modules()
-        if name.rsplit(".", 1)[-1] in short and not list(module.children())
-    }
-    return sorted(short) if named_so <= wrapped else sorted(wrapped)
+    ambiguous = any(is_linear(module) and name.rsplit(".", 1)[-1] in short for name, module in model.named_modules())
+    return sorted(wrapped) if ambiguous else sorted(short)
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -245,8 +267,10 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise MissingFileError(f"{path}: no such file; is {path.parent} an adapter?")
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
-        fields["r"], fields["lora_alpha"]
+        fits = isinstance(fields["r"], int) and isinstance(fields["lora_alpha"], int | float)
     except (ValueError, KeyError, TypeError):
+        fits = False
+    if not fits:
         raise AdapterError(f"{path} is not the configuration of a LoRA adapter") from None
     return fields
 
@@ -257,6 +281,6 @@ def _read_note(path: Path) -> dict[str, Any] | None:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-    except SafetensorError as error:
+        return json.loads(metadata["lorafit"]) if "lorafit" in metadata else None
+    except (SafetensorError, ValueError) as error:
         raise AdapterError(f"{path} is not a usable safetensors file: {error}") from None
-    return json.loads(metadata["lorafit"]) if "lorafit" in metadata else None

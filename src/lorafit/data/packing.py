@@ -87,28 +87,31 @@ def rows_of_step(step: int, count: int, batch_size: int, seed: int) -> list[int]
 def hold_out(examples: Sequence[Example]) -> tuple[list[Example], list[Example]]:
     """Split off 5% of the rows, at least 16, by a hash of the prompt: (training rows, held-out rows).
 
-    Rows with the same prompt stay together, so that several answers to one question do not leak. The split depends on
-    neither order nor seed: a row that is held out once stays held out when rows are added elsewhere in the file.
+    Rows with the same prompt stay together, so that several answers to one question do not leak; prompts that many rows
+    share are held out last. The split depends on neither seed nor the order of the rows.
 
     Raises:
-        DataError: There are too few rows to split.
+        DataError: There are too few rows, or too few prompts, to split.
     """
     wanted = max(_HELD_OUT_LEAST, round(len(examples) * _HELD_OUT_SHARE))
     if len(examples) < 2 * wanted:
         raise DataError(
-            f"{len(examples)} rows are too few to hold {wanted} out; "
-            "give --eval-data FILE, or --no-eval to measure nothing"
+            f"{len(examples)} rows are too few to hold {wanted} out; give --eval-data FILE, or --no-eval to measure "
+            "nothing"
         )
     groups: dict[str, list[int]] = {}
     for index, example in enumerate(examples):
         prompt = json.dumps(example.messages[:-1])
         groups.setdefault(hashlib.sha256(prompt.encode()).hexdigest(), []).append(index)
     held: set[int] = set()
-    for key in sorted(groups):
+    for key in sorted(groups, key=lambda key: (len(groups[key]) > wanted, key)):
         if len(held) >= wanted:
             break
         held.update(groups[key])
-    if len(held) == len(examples):
-        raise DataError("all rows have the same prompt, so none can be held out; give --eval-data FILE, or --no-eval")
+    if 2 * len(held) > len(examples):
+        raise DataError(
+            f"{len(examples)} rows share {len(groups)} prompts, too few to hold some out; give --eval-data FILE, or "
+            "--no-eval to measure nothing"
+        )
     rows = list(enumerate(examples))
     return [row for i, row in rows if i not in held], [row for i, row in rows if i in held]

@@ -23,6 +23,7 @@ class AdapterModule(nn.Module, ABC):
         super().__init__()
         self.base = base.requires_grad_(False)
         self.enabled = True
+        self.training = base.training
         self.out_features, self.in_features = linear_shape(base)
 
     @abstractmethod

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import nn
@@ -12,7 +13,7 @@ from lorafit.errors import AdapterError, ConfigError
 from lorafit.formats import block_format
 from lorafit.modules.adapter import AdapterModule, adapter_modules
 from lorafit.modules.lora import LoRALinear
-from lorafit.modules.packed import PackedLinear, is_linear
+from lorafit.modules.packed import PackedEmbedding, PackedLinear, is_embedding, is_linear
 from lorafit.modules.qalora import QALoRALinear
 
 
@@ -55,18 +56,18 @@ def attach(model: nn.Module, config: AdapterConfig) -> Coverage:
         What was covered, and what was not and why.
 
     Raises:
-        AdapterError: The model has adapters already, no target matches, or no target can take this method.
+        AdapterError: The model has adapters already, a target matches nothing, or none can take this method.
         ConfigError: The targets are not a valid pattern.
     """
     if adapter_modules(model):
         raise AdapterError("the model has adapters already; load the base again to attach others")
     head = _output_head(model)
-    layers = {name: layer for name, layer in model.named_modules() if is_linear(layer)}
-    chosen = [name for name in layers if _matches(name, config.targets, is_head=layers[name] is head)]
-    if not chosen:
-        endings = sorted({name.rsplit(".", 1)[-1] for name in layers})
-        raise AdapterError(f"--targets {config.targets!r} matches no linear layer; there are {', '.join(endings)}")
-    frozen = {name: _why_left(layers[name] is head) for name in layers if name not in chosen}
+    layers = {name: layer for name, layer in model.named_modules() if name and is_linear(layer)}
+    chosen = _choose(layers, config.targets, head)
+    embeddings = {name: layer for name, layer in model.named_modules() if is_embedding(layer)}
+    left = "output head (all-linear leaves it out)" if config.targets == "all-linear" else "not among the targets"
+    frozen = {name: left for name in layers if name not in chosen}
+    frozen |= dict.fromkeys(embeddings, "embedding (not a linear layer)")
     suited = []
     for name in chosen:
         reason = _why_unsuited(layers[name], config)
@@ -76,15 +77,16 @@ def attach(model: nn.Module, config: AdapterConfig) -> Coverage:
             suited.append(name)
     if not suited:
         raise AdapterError(
-            f"no target layer can take {config.method} ({frozen[chosen[0]]}): QA-LoRA trains the offsets of packed blocks "
-            "such as Q4_1's; use --method lora for this base"
+            f"no target layer can take {config.method} ({frozen[chosen[0]]}): QA-LoRA trains the offsets of packed "
+            "blocks such as Q4_1's; use --method lora for this base"
         )
-    model.requires_grad_(False)
     total = count_parameters(model)
-    formats = {name: _format_of(layer) for name, layer in layers.items()}
+    formats = {name: _format_of(layer) for name, layer in (embeddings | layers).items()}
+    # All adapters before the first is placed: one that cannot be made leaves the model as it was.
+    adapters = {name: _wrap(layers[name], config) for name in suited}
+    model.requires_grad_(False)
     wrapped = {}
-    for name in suited:
-        adapter = _wrap(layers[name], config)
+    for name, adapter in adapters.items():
         wrapped[name] = sum(parameter.numel() for parameter in adapter.adapter_parameters().values())
         model.set_submodule(name, adapter)
     return Coverage(config.method, wrapped, frozen, formats, total)
@@ -112,21 +114,24 @@ def _output_head(model: nn.Module) -> nn.Module | None:
     return get_head() if get_head else None
 
 
-def _matches(name: str, targets: str, is_head: bool) -> bool:
-    """PEFT's rules: all-linear leaves out the head; names match a full name or its end; otherwise a regular expression."""
+def _choose(layers: Mapping[str, nn.Module], targets: str, head: nn.Module | None) -> list[str]:
+    """PEFT's rules: all-linear leaves out the head; names match a full name or its end; else a regular expression."""
+    parts = [part.strip() for part in targets.split(",")]
     if targets == "all-linear":
-        return not is_head
-    names = [part.strip() for part in targets.split(",")]
-    if all(re.fullmatch(r"[\w.]+", part) for part in names):
-        return any(name == part or name.endswith(f".{part}") for part in names)
-    try:
-        return re.fullmatch(targets, name) is not None
-    except re.error as error:
-        raise ConfigError(f"--targets {targets!r} is neither names nor a regular expression: {error}") from None
-
-
-def _why_left(is_head: bool) -> str:
-    return "output head (all-linear leaves it out)" if is_head else "not among the targets"
+        matched = {targets: {name for name, layer in layers.items() if layer is not head}}
+    elif all(re.fullmatch(r"[\w.]+", part) for part in parts):
+        matched = {part: {name for name in layers if f".{name}".endswith(f".{part}")} for part in parts}
+    else:
+        try:
+            matched = {targets: {name for name in layers if re.fullmatch(targets, name)}}
+        except re.error as error:
+            raise ConfigError(f"--targets {targets!r} is neither names nor a regular expression: {error}") from None
+    idle = [part for part, names in matched.items() if not names]
+    if idle:
+        endings = sorted({name.rsplit(".", 1)[-1] for name in layers})
+        raise AdapterError(f"--targets: no linear layer matches {', '.join(idle)}; there are {', '.join(endings)}")
+    chosen = set().union(*matched.values())
+    return [name for name in layers if name in chosen]
 
 
 def _why_unsuited(layer: nn.Module, config: AdapterConfig) -> str | None:
@@ -140,7 +145,7 @@ def _why_unsuited(layer: nn.Module, config: AdapterConfig) -> str | None:
 
 
 def _format_of(layer: nn.Module) -> str:
-    if isinstance(layer, PackedLinear):
+    if isinstance(layer, PackedLinear | PackedEmbedding):
         return layer.packed.format_name
-    assert isinstance(layer, nn.Linear)
+    assert isinstance(layer, nn.Linear | nn.Embedding)
     return str(layer.weight.dtype).removeprefix("torch.")

@@ -152,3 +152,8 @@ def linear_shape(layer: nn.Module) -> tuple[int, int]:
 def is_linear(layer: nn.Module) -> bool:
     """Whether an adapter can stand in for this layer."""
     return isinstance(layer, PackedLinear | nn.Linear)
+
+
+def is_embedding(layer: nn.Module) -> bool:
+    """Whether this is a table of embeddings, packed or not."""
+    return isinstance(layer, PackedEmbedding | nn.Embedding)

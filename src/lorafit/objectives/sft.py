@@ -69,11 +69,14 @@ class _ChunkedLoss(torch.autograd.Function):
         by_hidden: list[Tensor] = []
         by_parameter = [torch.zeros_like(parameter) for parameter in trained]
         for chunk, wanted in _chunks(hidden.detach(), targets):
-            chunk = chunk.requires_grad_()
             with torch.enable_grad():
-                loss = F.cross_entropy(head(chunk).float(), wanted, reduction="sum")
-            of_hidden, *of_parameters = torch.autograd.grad(loss, [chunk, *trained])
-            total += loss.detach()
+                logits = head(chunk.requires_grad_())
+            # One buffer of the size of the logits: log-probabilities, then the loss's gradient, softmax minus one-hot.
+            buffer = logits.detach().log_softmax(-1, dtype=torch.float32)
+            places = torch.arange(len(wanted), device=wanted.device), wanted
+            total -= buffer[places].sum()
+            buffer.exp_()[places] -= 1.0
+            of_hidden, *of_parameters = torch.autograd.grad(logits, [chunk, *trained], buffer.to(logits.dtype))
             by_hidden.append(of_hidden)
             for sum_, grad in zip(by_parameter, of_parameters, strict=True):
                 sum_ += grad
@@ -84,4 +87,5 @@ class _ChunkedLoss(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (scale,) = grads
         by_hidden, *by_parameter = ctx.saved_tensors
-        return by_hidden * scale.to(by_hidden.dtype), None, None, *(grad * scale for grad in by_parameter)
+        # The scale stays in float32: a product with a scalar rounds once, whatever the type of the other factor.
+        return by_hidden * scale, None, None, *(grad * scale for grad in by_parameter)

@@ -1,16 +1,19 @@
 """Checkpoints: everything that a step depends on, so that a resumed run continues bit for bit.
 
-The rows of a step follow from seed and step number, so trained parameters, the optimiser's moments, the random state
-(dropout) and the number of steps are all there is. A checkpoint is one file, ``step-N/state.pt``, that appears whole.
+The rows and the dropout of a step follow from seed and step number, so trained parameters, the optimiser's moments and
+the number of steps are all there is. A checkpoint is one file, ``step-N/state.pt``, that appears whole.
 """
 
 from __future__ import annotations
 
+import pickle
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from lorafit.containers.atomic import replacing
 from lorafit.errors import MissingFileError, TrainingError
@@ -31,7 +34,6 @@ def save_checkpoint(trainer: Trainer, run: str | Path) -> Path:
         "step": trainer.done,
         "adapter": adapter,
         "optimizer": trainer.optimizer.state_dict(),
-        "random": torch.get_rng_state(),
     }
     with replacing(directory / _STATE) as temporary:
         torch.save(state, temporary)
@@ -64,19 +66,28 @@ def restore_checkpoint(trainer: Trainer, directory: str | Path) -> None:
     """Bring a trainer to the state in a checkpoint.
 
     Raises:
-        TrainingError: The checkpoint belongs to another model or configuration.
+        TrainingError: The checkpoint is broken, or belongs to another model or configuration.
     """
-    state = torch.load(Path(directory) / _STATE, weights_only=True)
-    modules = adapter_modules(trainer.model)
-    if modules.keys() != state["adapter"].keys():
-        raise TrainingError(f"{directory} covers other layers than this run; it cannot go on from there")
+    path = Path(directory) / _STATE
+    try:
+        state = torch.load(path, weights_only=True)
+    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError):
+        raise TrainingError(f"{path} is broken, so the run cannot go on from there; train it anew") from None
+    adapter = {name: module.adapter_parameters() for name, module in adapter_modules(trainer.model).items()}
+    if _shapes(adapter) != _shapes(state["adapter"]):
+        raise TrainingError(
+            f"{path} is of another model, other targets or another rank; the run cannot go on from there"
+        )
     with torch.no_grad():
-        for name, module in modules.items():
-            for part, parameter in module.adapter_parameters().items():
+        for name, parameters in adapter.items():
+            for part, parameter in parameters.items():
                 parameter.copy_(state["adapter"][name][part])
     trainer.optimizer.load_state_dict(state["optimizer"])
-    torch.set_rng_state(state["random"])
     trainer.done = state["step"]
+
+
+def _shapes(adapter: Mapping[str, Mapping[str, Tensor]]) -> dict[tuple[str, str], torch.Size]:
+    return {(name, part): tensor.shape for name, parts in adapter.items() for part, tensor in parts.items()}
 
 
 def _same(one: dict[str, dict[str, torch.Tensor]], other: dict[str, dict[str, torch.Tensor]]) -> bool:

@@ -3,6 +3,10 @@
 A step is some rows, split into passes that fit the memory budget. Each pass adds its summed loss, divided by the number
 of targets of the *whole* step, so that the gradient is that of the mean over all trained tokens however the rows were
 split. The loss function is an argument; the loop knows nothing of methods.
+
+Dropout, like the choice of rows, is a pure function of seed and step: the generator is seeded anew for each step. So
+neither an evaluation in between nor a step that failed half-way changes what a run computes, and a resumed run has no
+random state to restore.
 """
 
 from __future__ import annotations
@@ -11,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -82,6 +87,9 @@ class Trainer:
         assert config.steps is not None and config.learning_rate is not None
         started = time.perf_counter()
         self.model.train()
+        torch.manual_seed(_step_seed(config.seed, number))
+        # Here and not behind the update, so that a step that failed leaves nothing to the next one.
+        self.optimizer.zero_grad(set_to_none=True)
         loss = self._backward(batches)
         proof.check_finite(loss, "loss", number, batches)
         if self.done == 0:
@@ -94,7 +102,6 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
         self.done = number
         return Step(
             step=number,
@@ -115,3 +122,7 @@ class Trainer:
                 loss.backward()
                 total += loss.detach().double().cpu()
         return float(total)
+
+
+def _step_seed(seed: int, step: int) -> int:
+    return int(np.random.SeedSequence((seed, step)).generate_state(1, np.uint64)[0])

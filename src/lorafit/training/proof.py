@@ -27,8 +27,8 @@ def check_first_gradients(model: nn.Module) -> None:
     if silent:
         rest = f" and {len(silent) - 5} more" if len(silent) > 5 else ""
         raise TrainingError(
-            f"{len(silent)} adapters had no gradient in the first step, so they cannot learn: {', '.join(silent[:5])}{rest}; "
-            "leave them out with --targets"
+            f"{len(silent)} adapters had no gradient in the first step, so they cannot learn: "
+            f"{', '.join(silent[:5])}{rest}; leave them out with --targets"
         )
 
 
