@@ -53,5 +53,6 @@ def evaluate(model: PreTrainedModel, batches: Sequence[Batch]) -> Metrics:
                 count += len(losses)
     finally:
         model.train(was_training)
-    loss = total / max(count, 1)
-    return Metrics(loss, math.exp(min(loss, 700.0)), hits / max(count, 1), count)
+    assert count, "there is nothing to score"
+    loss = total / count
+    return Metrics(loss, math.exp(min(loss, 700.0)), hits / count, count)
