@@ -108,7 +108,7 @@ def read_record(directory: str | Path) -> AdapterRecord:
             raise AdapterError(f"{path}: {key} = {value!r} is not supported by lorafit")
     note = _read_note(directory / WEIGHTS_FILE)
     try:
-        if not note:
+        if note is None:
             return AdapterRecord(_foreign_config(fields), fields.get("base_model_name_or_path") or "", "")
         kind = {"lora": LoRA, "qalora": QALoRA}[note["method"]]
         record = AdapterRecord(kind(**note["config"]), note["base"], note["base_sha256"])
