@@ -198,7 +198,7 @@ def linear(x: Tensor, blocks: Tensor, format_name: str, rows: Tensor | None, off
     """x·Wᵀ: [tokens, width] -> [tokens, rows] in the type of ``x``."""
     order = _order(rows, blocks.shape[0])
     out = np.empty((x.shape[0], len(order)), np.float32)
-    inputs = x.detach().float().contiguous().numpy().reshape(-1)
+    inputs = x.float().contiguous().numpy().reshape(-1)
     _follow_torch_threads()
     _linear_rows(inputs, _records(blocks, format_name), order, _bits(offsets), x.shape[1] // _BLOCK, out)
     return torch.from_numpy(out).to(x.dtype)
