@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 # GNU's OpenMP, which torch loads, lets idle threads spin for milliseconds by default. On a machine that does anything
 # else, each of the thousands of small parallel regions in a step then waits for a thread that lost its core: with one
-# other busy process on two cores a training step took 20 times as long. This many spins last about 30 microseconds, more
-# than the gap between two regions. It is read when torch is loaded, and whoever has set it keeps their value.
+# other busy process on two cores a training step took 20 times as long. This many spins last about 30 microseconds,
+# more than the gap between two regions. It is read when torch is loaded, and whoever has set it keeps their value.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 __version__ = "0.1.0.dev0"

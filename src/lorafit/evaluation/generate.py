@@ -29,11 +29,13 @@ def generate(
     """Stream the model's next turn in a conversation, with a key-value cache.
 
     Args:
-        model: The model; its adapter takes part unless it is disabled. tokenizer: Its tokenizer, with a chat
-        template. messages: The conversation so far; the last message is usually the user's. max_tokens: Stop after
-        this many tokens, or where the model's context ends. temperature: 0 always takes the most likely token;
-        otherwise tokens are drawn from softmax(logits / temperature). top_p: Draw only from the most likely tokens
-        that together have this probability. seed: Seed of the draws.
+        model: The model; its adapter takes part unless it is disabled.
+        tokenizer: Its tokenizer, with a chat template.
+        messages: The conversation so far; the last message is usually the user's.
+        max_tokens: Stop after this many tokens, or where the model's context ends.
+        temperature: 0 always takes the most likely token; otherwise tokens are drawn from softmax(logits/temperature).
+        top_p: Draw only from the most likely tokens that together have this probability.
+        seed: Seed of the draws.
 
     Yields:
         Pieces of text, whole characters each; their concatenation is the answer.

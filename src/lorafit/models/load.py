@@ -56,7 +56,7 @@ def load(model: str | Path, *, compute: Compute = "auto") -> tuple[PreTrainedMod
 
     Args:
         model: ``smollm2-135m``, a .gguf file, a Hugging Face directory, or the directory of a run.
-        compute: Arithmetic; ``auto`` is that of the run, or bf16 where the processor has it, else fp32.
+        compute: Arithmetic; ``auto`` is bf16 where the processor multiplies it in hardware, else fp32.
 
     Returns:
         The model in evaluation mode and its tokenizer.
