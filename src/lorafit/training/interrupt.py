@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 
@@ -30,7 +30,9 @@ def deferred_interrupt(announce: Callable[[], None]) -> Iterator[Interrupt]:
         if interrupt.requested:
             raise KeyboardInterrupt
         interrupt.requested = True
-        announce()
+        # The signal may have come in the middle of a write to the same stream, which cannot be entered twice.
+        with suppress(RuntimeError):
+            announce()
 
     before = signal.signal(signal.SIGINT, handle)
     try:

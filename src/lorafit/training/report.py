@@ -2,119 +2,61 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from lorafit.config import TrainConfig
 from lorafit.containers.atomic import replacing, write_text
-from lorafit.evaluation.loss import Metrics
 from lorafit.modules import Coverage
+from lorafit.training.summary import Sample, Summary
 
 
-@dataclass(frozen=True)
-class Sample:
-    """A held-out prompt answered by base and tuned model.
-
-    Attributes:
-        prompt: The last message of the user.
-        reference: The answer in the data.
-        base: The base's answer.
-        tuned: The tuned model's answer.
-    """
-
-    prompt: str
-    reference: str
-    base: str
-    tuned: str
+def write(run: Path, summary: Summary, config: TrainConfig, records: Sequence[Mapping[str, Any]]) -> None:
+    """Leave everything in the directory of a run; ``summary.json`` comes last, and says that the run is complete."""
+    draw_loss(run / "loss.png", records, title(summary))
+    write_report(run / "report.md", summary, config)
+    write_model_card(run / "adapter" / "README.md", summary, config)
+    write_text(
+        run / "summary.json", json.dumps(summary.as_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    )
 
 
-@dataclass(frozen=True)
-class Summary:
-    """Figures of a run, as in ``summary.json``.
-
-    Attributes:
-        output: Directory of the run.
-        model: The base as it was named.
-        base_sha256: Its fingerprint.
-        licence: Licence of the base, as its file says.
-        method: ``lora`` or ``qalora``.
-        trainable_parameters: Parameters that were trained.
-        total_parameters: Parameters of the base.
-        steps: Optimiser steps.
-        tokens: Tokens that went through the model in training.
-        trained_tokens: Those of them that were predicted.
-        seconds: Time in training steps.
-        tokens_per_second: tokens / seconds.
-        peak_rss_bytes: Peak resident memory.
-        compute: Arithmetic.
-        eval_before: Metrics of the base on the held-out rows.
-        eval_after: Metrics of the tuned model.
-        coverage: Which layers were trained, and why the others were not.
-        samples: Held-out prompts answered by both.
-    """
-
-    output: str
-    model: str
-    base_sha256: str
-    licence: str
-    method: str
-    trainable_parameters: int
-    total_parameters: int
-    steps: int
-    tokens: int
-    trained_tokens: int
-    seconds: float
-    tokens_per_second: float
-    peak_rss_bytes: int | None
-    compute: str
-    eval_before: Metrics | None
-    eval_after: Metrics | None
-    coverage: Coverage
-    samples: list[Sample] = field(default_factory=list)
-
-    @property
-    def eval_loss_before(self) -> float | None:
-        """Held-out loss of the base."""
-        return self.eval_before.loss if self.eval_before else None
-
-    @property
-    def eval_loss_after(self) -> float | None:
-        """Held-out loss of the tuned model."""
-        return self.eval_after.loss if self.eval_after else None
-
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return {
-            **asdict(self),
-            "coverage": self.coverage.as_dict(),
-            "eval_loss_before": self.eval_loss_before,
-            "eval_loss_after": self.eval_loss_after,
-        }
+_SMOOTHED_FROM = 40  # steps; fewer can be followed with the eye
 
 
-def draw_loss(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
+def draw_loss(path: Path, records: Sequence[Mapping[str, Any]], title: str) -> None:
     """Draw training and held-out loss over the steps from the lines of ``metrics.jsonl``."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     training = [(record["step"], record["loss"]) for record in records if "loss" in record]
     held_out = [(record["step"], record["eval_loss"]) for record in records if "eval_loss" in record]
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    if training:
-        steps, losses = zip(*training, strict=True)
+    steps, losses = zip(*training, strict=True)
+    if len(steps) < _SMOOTHED_FROM:
+        axes.plot(steps, losses, ".-", color="#2f5d9b", linewidth=2, label="training")
+    else:
         axes.plot(steps, losses, color="#b9cbe4", linewidth=1, label="training, each step")
         axes.plot(steps, smooth(losses), color="#2f5d9b", linewidth=2, label="training, smoothed")
     if held_out:
         steps, losses = zip(*held_out, strict=True)
         axes.plot(steps, losses, "o--", color="#c4572b", linewidth=1.5, label="held out")
         for step, loss in (held_out[0], held_out[-1]):
-            axes.annotate(f"{loss:.3f}", (step, loss), textcoords="offset points", xytext=(0, 8), ha="center")
+            axes.annotate(
+                f"{loss:.3f}", (step, loss), textcoords="offset points", xytext=(0, 9), ha="center",
+                bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1},
+            )  # fmt: skip
+    axes.set_title(title, fontsize="medium")
     axes.set_xlabel("step")
     axes.set_ylabel("loss per answer token (nats)")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.margins(y=0.12)
     axes.grid(alpha=0.3)
     axes.legend()
@@ -122,8 +64,9 @@ def draw_loss(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
         figure.savefig(temporary, dpi=120, format="png")
 
 
-def smooth(losses: Sequence[float], weight: float = 0.85) -> list[float]:
-    """Exponential moving average, without a bias towards zero at the start."""
+def smooth(losses: Sequence[float]) -> list[float]:
+    """Exponential moving average over about a twentieth of the steps, without a bias towards zero at the start."""
+    weight = 1 - 1 / max(len(losses) / 20, 1)
     average, norm, result = 0.0, 0.0, []
     for loss in losses:
         average = weight * average + (1 - weight) * loss
@@ -132,9 +75,26 @@ def smooth(losses: Sequence[float], weight: float = 0.85) -> list[float]:
     return result
 
 
+def title(summary: Summary) -> str:
+    """What was tuned, in a few words."""
+    return f"{Path(summary.model).name}, tuned with {summary.method}"
+
+
+def command_line(config: TrainConfig) -> str:
+    """The command that trains the same again: every setting that is not the default."""
+    words = [config.model, config.data]
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if field.name in ("model", "data", "output", "overwrite") or value == field.default:
+            continue
+        words.append(f"--{field.name.replace('_', '-')}")
+        words += [] if value is True else [str(value)]
+    return shlex.join(["lorafit", "train", *words])
+
+
 def write_report(path: Path, summary: Summary, config: TrainConfig) -> None:
     """Write ``report.md``."""
-    lines = [f"# {summary.model}, tuned with {summary.method}", "", *_result(summary), "![loss](loss.png)", ""]
+    lines = [f"# {title(summary)}", "", *_result(summary), "![loss](loss.png)", ""]
     lines += ["## Coverage", "", *_coverage(summary.coverage), "", *_samples(summary.samples)]
     memory = f"{summary.peak_rss_bytes / 1e9:.2f} GB" if summary.peak_rss_bytes else "not measured on this system"
     lines += [
@@ -146,15 +106,18 @@ def write_report(path: Path, summary: Summary, config: TrainConfig) -> None:
         "",
         "## Settings",
         "",
-        "`lorafit train --config config.yaml --overwrite` trains this again.",
+        "All of them are in `config.yaml`: `lorafit train --config config.yaml --output ANOTHER` trains this again, as "
+        "does",
         "",
-        *_table(["setting", "value"], [(key, value) for key, value in asdict(config).items() if value is not None]),
+        "```",
+        command_line(config),
+        "```",
         "",
     ]
     write_text(path, "\n".join(lines))
 
 
-def write_model_card(path: Path, summary: Summary) -> None:
+def write_model_card(path: Path, summary: Summary, config: TrainConfig) -> None:
     """Write the adapter's ``README.md``."""
     size = f"{summary.trainable_parameters:,}"
     lines = [
@@ -163,26 +126,25 @@ def write_model_card(path: Path, summary: Summary) -> None:
         "tags: [lora, lorafit]",
         "---",
         "",
-        f"# Adapter for {summary.model}",
+        f"# Adapter: {title(summary)}",
         "",
-        f"Trained with lorafit, method {summary.method}: {size} parameters, {summary.steps} steps.",
+        f"{size} parameters, trained with lorafit in {summary.steps} steps:",
+        "",
+        "```",
+        command_line(config),
+        "```",
         "",
         *_table(
             ["base", ""],
-            [
-                ("model", summary.model),
-                ("SHA-256", summary.base_sha256),
-                ("licence", summary.licence),
-                ("command", "`lorafit train --config config.yaml` (in the run's directory)"),
-            ],
+            [("model", summary.model), ("SHA-256", summary.base_sha256), ("licence", summary.licence)],
         ),
         "",
         *_result(summary),
     ]
     if summary.method == "qalora":
         lines += [
-            "A QA-LoRA adapter: it is stored as an ordinary LoRA that PEFT loads, and `lorafit merge` folds it into the "
-            "block offsets of the quantised base, copying `qalora_offsets.safetensors`.",
+            "A QA-LoRA adapter: it is stored as an ordinary LoRA, which PEFT loads, and `lorafit merge` folds it into "
+            "the block offsets of the quantised base by copying `qalora_offsets.safetensors`.",
             "",
         ]
     write_text(path, "\n".join(lines))
@@ -216,7 +178,8 @@ def _samples(samples: Sequence[Sample]) -> list[str]:
         lines += [f"### {number}", ""]
         parts = {"prompt": sample.prompt, "base": sample.base, "tuned": sample.tuned, "in the data": sample.reference}
         for name, text in parts.items():
-            quoted = "\n".join(f"> {line}" for line in text.strip().splitlines() or [""])
+            # Markdown shows no tags, such as those of a chat template, unless they are escaped.
+            quoted = "\n".join(f"> {line}" for line in text.strip().replace("<", "\\<").splitlines() or [""])
             lines += [f"**{name}**", "", quoted, ""]
     return lines
 

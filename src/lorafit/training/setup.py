@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lorafit.config import AdapterConfig, LoRA, Method, QALoRA, TrainConfig
+from lorafit.config import AdapterConfig, Compute, LoRA, Method, QALoRA, Scaling, TrainConfig
 from lorafit.data.chat import Document, encode_all
 from lorafit.data.packing import hold_out
 from lorafit.data.preview import too_long
@@ -20,20 +22,58 @@ from lorafit.formats import block_format
 from lorafit.modules import PackedLinear
 from lorafit.training.optim import default_learning_rate
 
+_CHOICES = {
+    "method": (None, *get_args(Method)),
+    "scaling": get_args(Scaling),
+    "decay": ("cosine", "linear", "constant"),
+    "compute": get_args(Compute),
+}
+_ABOVE_ZERO = ("learning_rate", "epochs")
+_LEAST = {
+    "steps": 1,
+    "batch_size": 1,
+    "pass_tokens": 1,
+    "max_length": 2,  # a token to predict, and one to predict it from
+    "warmup": 0,
+    "weight_decay": 0,
+    "max_grad_norm": 0,
+    "seed": 0,
+    "eval_every": 0,
+    "checkpoint_every": 0,
+    "samples": 0,
+}
+_LARGEST_SEED = 2**63 - 1  # what torch takes
+
 
 @dataclass(frozen=True)
-class Data:
+class Rows:
     """What a run learns from and what it is measured on.
 
     Attributes:
+        training: Rows to train on.
+        held_out: Rows to measure on; none with --no-eval.
+    """
+
+    training: list[Example]
+    held_out: list[Example]
+
+    def both(self) -> int:
+        """How many held-out rows are trained on too, word for word."""
+        trained = {json.dumps(row.messages) for row in self.training}
+        return sum(json.dumps(row.messages) in trained for row in self.held_out)
+
+
+@dataclass(frozen=True)
+class Data:
+    """The same as documents, in the same order.
+
+    Attributes:
         training: Documents to train on.
-        held_out: Documents to measure on; empty with --no-eval.
-        held_out_examples: The rows behind ``held_out``, in the same order.
+        held_out: Documents to measure on.
     """
 
     training: list[Document]
     held_out: list[Document]
-    held_out_examples: list[Example]
 
 
 def check_options(config: TrainConfig) -> None:
@@ -42,32 +82,125 @@ def check_options(config: TrainConfig) -> None:
     Raises:
         ConfigError: The first such option, by name.
     """
-    for name, least in (
-        ("batch_size", 1),
-        ("pass_tokens", 1),
-        ("eval_every", 0),
-        ("checkpoint_every", 0),
-        ("samples", 0),
-    ):
-        if getattr(config, name) < least:
-            raise ConfigError(f"--{name.replace('_', '-')} is {getattr(config, name)}, but must be at least {least}")
-    for name in ("steps", "epochs", "learning_rate", "max_length"):
+    for name, choices in _CHOICES.items():
+        if getattr(config, name) not in choices:
+            raise ConfigError(f"{_given(config, name)}, but must be one of {', '.join(filter(None, choices))}")
+    for name in _ABOVE_ZERO:
         value = getattr(config, name)
         if value is not None and not 0 < value < math.inf:
-            raise ConfigError(f"--{name.replace('_', '-')} is {value}, but must be above 0")
-    if not 0 <= config.warmup <= 1:
-        raise ConfigError(f"--warmup is {config.warmup}, but is a share of the steps, from 0 to 1")
-    if config.weight_decay < 0 or config.max_grad_norm < 0 or config.seed < 0:
-        raise ConfigError("--weight-decay, --max-grad-norm and --seed cannot be negative")
+            raise ConfigError(f"{_given(config, name)}, but must be above 0")
+    for name, least in _LEAST.items():
+        value = getattr(config, name)
+        if value is not None and not least <= value < math.inf:
+            raise ConfigError(f"{_given(config, name)}, but must be at least {least}")
+    if config.warmup > 1:
+        raise ConfigError(f"{_given(config, 'warmup')}, but is a share of the steps, from 0 to 1")
+    if config.seed > _LARGEST_SEED:
+        raise ConfigError(f"{_given(config, 'seed')}, but must be at most {_LARGEST_SEED}")
     if config.steps is not None and config.epochs is not None:
         raise ConfigError("--steps and --epochs exclude each other; give one")
     if config.no_eval and config.eval_data:
         raise ConfigError("--no-eval and --eval-data exclude each other; give one")
-    if config.no_eval and config.eval_every:
-        raise ConfigError("--eval-every has no effect with --no-eval; leave one out")
+    if (Path(config.model) / "adapter").is_dir():
+        raise ConfigError(
+            f"{config.model} is a run, and training starts from a base; give the base, or go on with the run by --resume"
+        )
     if config.truncate and config.max_length is None:
         raise ConfigError("--truncate needs --max-length, the length to cut at")
+    if config.no_eval:
+        _refuse_idle(config, ("eval_every", "samples"), "with --no-eval")
     adapter_config(config, config.method or "lora")
+
+
+def read_rows(config: TrainConfig) -> Rows:
+    """Read and split the rows.
+
+    Raises:
+        MissingFileError: A file is not there.
+        ConfigError: A model stands where the data should, or data are to be held out of themselves.
+        DataError: A row cannot be used, by file and line; or there are too few rows to hold some out.
+    """
+    if config.data.lower().endswith(".gguf"):
+        raise ConfigError(f"{config.data} is a model, but DATA is wanted there: lorafit train MODEL DATA")
+    examples = read_examples(config.data)
+    if config.no_eval:
+        return Rows(examples, [])
+    if not config.eval_data:
+        return Rows(*hold_out(examples))
+    if Path(config.eval_data).exists() and Path(config.eval_data).samefile(config.data):
+        raise ConfigError(
+            f"--eval-data {config.eval_data} is the training data, and would measure what was learnt by heart; leave "
+            "it out, and 5% of the rows are held out"
+        )
+    return Rows(examples, read_examples(config.eval_data))
+
+
+def encode_rows(rows: Rows, config: TrainConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Data:
+    """Tokenise the rows.
+
+    Raises:
+        ConfigError: --max-length is longer than the model's context.
+        DataError: A row is too long, or the chat template refuses it.
+        ModelError: The model has no chat template.
+    """
+    context = model.config.max_position_embeddings
+    limit = config.max_length or context
+    if limit > context:
+        raise ConfigError(f"--max-length is {limit}, but the model's context is {context}; leave it out or lower it")
+    return Data(
+        fit_length(encode_all(rows.training, tokenizer), limit, config.truncate),
+        fit_length(encode_all(rows.held_out, tokenizer), limit, config.truncate),
+    )
+
+
+def fit_length(documents: Sequence[Document], limit: int, truncate: bool) -> list[Document]:
+    """Refuse documents longer than ``limit`` tokens, or cut them if the user chose so.
+
+    Raises:
+        DataError: A document is too long, or nothing trained is left of it after cutting.
+    """
+    long = too_long(documents, limit)
+    if long and not truncate:
+        more = f" ({len(long)} rows are too long)" if len(long) > 1 else ""
+        raise DataError(
+            f"{long[0].source}: {len(long[0].tokens)} tokens, but at most {limit} fit{more}; shorten or remove the "
+            f"row, raise --max-length if the model allows it, or cut with --truncate --max-length {limit}"
+        )
+    result = []
+    for document in documents:
+        if len(document.tokens) > limit:
+            document = Document(document.tokens[:limit], document.trained[:limit], document.source)
+            if not any(document.trained):
+                raise DataError(f"{document.source}: nothing of its answer is left after --truncate; remove the row")
+        result.append(document)
+    return result
+
+
+def resolve(config: TrainConfig, model: PreTrainedModel, rows: Rows) -> TrainConfig:
+    """Settings with a method, a learning rate, a number of steps and an output directory.
+
+    Raises:
+        ConfigError: An option has no effect on this model, or on so many rows or steps.
+    """
+    method = config.method or default_method(model)
+    adapter_config(config, method)
+    count = len(rows.training)
+    if config.batch_size > count:
+        raise ConfigError(f"{_given(config, 'batch_size')}, but there are {count} training rows; give {count} or less")
+    if rows.held_out and config.samples > len(rows.held_out):
+        _refuse_idle(config, ("samples",), f"beyond the {len(rows.held_out)} rows that are held out")
+    steps = config.steps or math.ceil((config.epochs or 1.0) * count / config.batch_size)
+    for name in ("eval_every", "checkpoint_every"):
+        if getattr(config, name) >= steps:
+            _refuse_idle(config, (name,), f"in a run of {steps} steps, after which both are done anyway")
+    return dataclasses.replace(
+        config,
+        method=method,
+        learning_rate=config.learning_rate or default_learning_rate(method, model.config.hidden_size),
+        steps=steps,
+        epochs=None,
+        output=config.output or default_output(config, method),
+    )
 
 
 def adapter_config(config: TrainConfig, method: Method) -> AdapterConfig:
@@ -84,26 +217,8 @@ def adapter_config(config: TrainConfig, method: Method) -> AdapterConfig:
             dropout=config.dropout,
             targets=config.targets,
         )
-    for name, default in (("dropout", 0.0), ("scaling", "standard")):
-        if getattr(config, name) != default:
-            raise ConfigError(f"--{name} has no effect with --method qalora; leave it out, or use --method lora")
+    _refuse_idle(config, ("dropout", "scaling"), "with --method qalora, only with --method lora")
     return QALoRA(rank=config.rank, alpha=config.alpha, targets=config.targets)
-
-
-def resolve(config: TrainConfig, model: PreTrainedModel, base: Path, rows: int) -> TrainConfig:
-    """Settings with a method, a learning rate, a number of steps and an output directory."""
-    method = config.method or default_method(model)
-    steps = config.steps
-    if steps is None:
-        steps = math.ceil((config.epochs or 1.0) * rows / config.batch_size)
-    return dataclasses.replace(
-        config,
-        method=method,
-        learning_rate=config.learning_rate or default_learning_rate(method, model.config.hidden_size),
-        steps=steps,
-        epochs=None,
-        output=config.output or default_output(config, method),
-    )
 
 
 def default_method(model: PreTrainedModel) -> Method:
@@ -116,49 +231,24 @@ def default_method(model: PreTrainedModel) -> Method:
 
 def default_output(config: TrainConfig, method: Method) -> str:
     """``runs/MODEL-METHOD``."""
-    return str(Path("runs") / f"{Path(config.model).name.removesuffix('.gguf')}-{method}")
+    return str(Path("runs") / f"{Path(config.model).absolute().name.removesuffix('.gguf')}-{method}")
 
 
-def read_data(config: TrainConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Data:
-    """Read, split and tokenise the rows.
-
-    Raises:
-        MissingFileError: A file is not there.
-        DataError: A row cannot be used, by file and line; or there are too few rows to hold some out.
-        ModelError: The model has no chat template.
-    """
-    examples, held_out = read_examples(config.data), []
-    if config.eval_data:
-        held_out = read_examples(config.eval_data)
-    elif not config.no_eval:
-        examples, held_out = hold_out(examples)
-    context = model.config.max_position_embeddings
-    limit = min(config.max_length or context, context)
-    return Data(
-        training=fit_length(encode_all(examples, tokenizer), limit, config.truncate),
-        held_out=fit_length(encode_all(held_out, tokenizer), limit, config.truncate),
-        held_out_examples=held_out,
-    )
-
-
-def fit_length(documents: Sequence[Document], limit: int, truncate: bool) -> list[Document]:
-    """Refuse documents longer than ``limit`` tokens, or cut them if the user chose so.
+def _refuse_idle(config: TrainConfig, names: Sequence[str], when: str) -> None:
+    """Refuse settings that were changed from their defaults although they have no effect.
 
     Raises:
-        DataError: A document is too long, or nothing trained is left of it after cutting.
+        ConfigError: The first such setting.
     """
-    long = too_long(documents, limit)
-    if long and not truncate:
-        more = f" ({len(long)} rows are too long)" if len(long) > 1 else ""
-        raise DataError(
-            f"{long[0].source}: {len(long[0].tokens)} tokens, but at most {limit} fit{more}; shorten or remove the row, "
-            f"raise --max-length if the model allows it, or cut with --truncate --max-length {limit}"
-        )
-    result = []
-    for document in documents:
-        if len(document.tokens) > limit:
-            document = Document(document.tokens[:limit], document.trained[:limit], document.source)
-            if not any(document.trained):
-                raise DataError(f"{document.source}: nothing of its answer is left after --truncate; remove the row")
-        result.append(document)
-    return result
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    for name in names:
+        if getattr(config, name) != defaults[name]:
+            raise ConfigError(f"{_option(name)} {getattr(config, name)} has no effect {when}; leave it out")
+
+
+def _given(config: TrainConfig, name: str) -> str:
+    return f"{_option(name)} is {getattr(config, name)}"
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"

@@ -1,0 +1,119 @@
+"""What a run came to: its figures, and answers of base and tuned model beside each other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lorafit.data.readers import Example, Message
+from lorafit.evaluation.generate import generate
+from lorafit.evaluation.loss import Metrics
+from lorafit.modules import Coverage, adapters_disabled
+
+_ANSWER_TOKENS = 160  # enough to see how a model answers
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A held-out prompt answered by base and tuned model.
+
+    Attributes:
+        prompt: The last message before the answer.
+        reference: The answer in the data.
+        base: The base's answer.
+        tuned: The tuned model's answer.
+    """
+
+    prompt: str
+    reference: str
+    base: str
+    tuned: str
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Figures of a run, as in ``summary.json``.
+
+    Attributes:
+        output: Directory of the run.
+        model: The base as it was named.
+        base_sha256: Its fingerprint.
+        licence: Licence of the base, as its file says.
+        method: ``lora`` or ``qalora``.
+        trainable_parameters: Parameters that were trained.
+        total_parameters: Parameters of the base.
+        steps: Optimiser steps.
+        tokens: Tokens that went through the model in the steps.
+        trained_tokens: Those of them that were predicted.
+        seconds: Time in the steps, evaluations left out.
+        peak_rss_bytes: Peak resident memory; None where it cannot be measured.
+        compute: Arithmetic.
+        eval_before: Metrics of the base on the held-out rows, if there are any.
+        eval_after: Metrics of the tuned model.
+        coverage: Which layers were trained, and why the others were not.
+        samples: Held-out prompts answered by both.
+    """
+
+    output: str
+    model: str
+    base_sha256: str
+    licence: str
+    method: str
+    trainable_parameters: int
+    total_parameters: int
+    steps: int
+    tokens: int
+    trained_tokens: int
+    seconds: float
+    peak_rss_bytes: int | None
+    compute: str
+    eval_before: Metrics | None
+    eval_after: Metrics | None
+    coverage: Coverage
+    samples: list[Sample]
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Rate over all steps."""
+        return self.tokens / self.seconds
+
+    @property
+    def eval_loss_before(self) -> float | None:
+        """Held-out loss of the base."""
+        return self.eval_before.loss if self.eval_before else None
+
+    @property
+    def eval_loss_after(self) -> float | None:
+        """Held-out loss of the tuned model."""
+        return self.eval_after.loss if self.eval_after else None
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            **asdict(self),
+            "coverage": self.coverage.as_dict(),
+            "tokens_per_second": self.tokens_per_second,
+            "eval_loss_before": self.eval_loss_before,
+            "eval_loss_after": self.eval_loss_after,
+        }
+
+
+def answer_samples(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]
+) -> list[Sample]:
+    """Let base and tuned model give the last answer of each example, greedily."""
+    samples = []
+    for example in examples:
+        last = max(i for i, message in enumerate(example.messages) if message["role"] == "assistant")
+        prompt, reference = example.messages[:last], example.messages[last]["content"]
+        with adapters_disabled(model):
+            base = _answer(model, tokenizer, prompt)
+        samples.append(Sample(prompt[-1]["content"], reference, base, _answer(model, tokenizer, prompt)))
+    return samples
+
+
+def _answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: Sequence[Message]) -> str:
+    return "".join(generate(model, tokenizer, prompt, max_tokens=_ANSWER_TOKENS))
