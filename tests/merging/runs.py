@@ -1,6 +1,7 @@
 """Directories of runs whose adapter is random instead of trained, so that a mistake in any row or block shows."""
 
 import json
+import struct
 from pathlib import Path
 
 import torch
@@ -52,3 +53,18 @@ def write_run(
         turns = ([{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in HELD_OUT)
         (path / "heldout.jsonl").write_text("".join(json.dumps({"messages": turn}) + "\n" for turn in turns))
     return path
+
+
+def claim_to_be_a_part(path: Path) -> None:
+    """Add metadata by which llama.cpp asks for a second file; lorafit goes by the tensors, which are all there."""
+
+    def entry(key: bytes, kind: int, value: bytes) -> bytes:
+        return struct.pack("<Q", len(key)) + key + struct.pack("<I", kind) + value
+
+    data = path.read_bytes()
+    entries = entry(b"split.count", 2, struct.pack("<H", 2))
+    filler = 64 - len(entries) - len(entry(b"x", 8, struct.pack("<Q", 0)))
+    entries += entry(b"x", 8, struct.pack("<Q", filler) + b"." * filler)
+    assert len(entries) == 64  # a multiple of the alignment, so that the data stay aligned
+    (count,) = struct.unpack("<Q", data[16:24])
+    path.write_bytes(data[:16] + struct.pack("<Q", count + 2) + entries + data[24:])

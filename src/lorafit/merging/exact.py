@@ -22,7 +22,7 @@ from typing import BinaryIO
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lorafit.adapters import load_adapter, read_record
 from lorafit.adapters.peft import OFFSETS_FILE, read_offsets_file
@@ -32,7 +32,7 @@ from lorafit.containers.gguf import GGUFFile, TensorInfo
 from lorafit.errors import MergeError, MissingFileError
 from lorafit.formats import block_format, write_offsets
 from lorafit.models.load import Base, load_base
-from lorafit.modules import PackedEmbedding, PackedLinear, QALoRALinear, adapter_modules
+from lorafit.modules import QALoRALinear, adapter_modules
 
 _PIECE_BYTES = 1 << 22  # read at a time
 
@@ -122,7 +122,7 @@ def plan(run: str | Path) -> Plan:
     modules = {name: module for name, module in adapter_modules(base.model).items() if isinstance(module, QALoRALinear)}
     stored = read_offsets_file(run / "adapter")
     file = GGUFFile.open(base.path)
-    _check_fit(run, base.model, modules, stored, file)
+    _check_fit(run, modules, stored, file)
     rounded_otherwise = _check_origin(run, modules, stored)
     for name, module in modules.items():
         module.hold(stored[name])
@@ -214,14 +214,8 @@ def _detect(run: Path) -> tuple[Base, TrainConfig, str]:
     return base, config, sha256
 
 
-def _check_fit(
-    run: Path, model: nn.Module, modules: Mapping[str, QALoRALinear], stored: Mapping[str, Tensor], file: GGUFFile
-) -> None:
-    """Every layer has its offsets and a tensor of its own for them, and no offsets are left over."""
-    readers: dict[int, int] = {}
-    for reader in model.modules():
-        if isinstance(reader, PackedLinear | PackedEmbedding):
-            readers[id(reader.packed)] = readers.get(id(reader.packed), 0) + 1
+def _check_fit(run: Path, modules: Mapping[str, QALoRALinear], stored: Mapping[str, Tensor], file: GGUFFile) -> None:
+    """Every layer has its offsets and a tensor that takes them, and no offsets are left over."""
     problems = [f"{name} is no layer of the adapter" for name in stored if name not in modules]
     for name, module in modules.items():
         packed = module.base.packed
@@ -236,10 +230,6 @@ def _check_fit(
             problems.append(f"{name} holds numbers that are not finite")
         if info is None or info.format != packed.format_name or info.shape != packed.shape:
             problems.append(f"{packed.name} in {file.path} is not what {name} was loaded from")
-        if readers[id(packed)] > 1:
-            problems.append(
-                f"{packed.name} is embedding and head in one, so {name} cannot change alone (see --targets)"
-            )
     if problems:
         rest = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise MergeError(f"{run / 'adapter' / OFFSETS_FILE} cannot be merged: {'; '.join(problems[:5])}{rest}")
