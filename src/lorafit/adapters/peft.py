@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from lorafit.config import AdapterConfig, LoRA, QALoRA
@@ -181,10 +181,21 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 def _write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     with replacing(path) as temporary:
-        save_file(tensors, temporary, metadata)
+        # Not by safetensors' own writer, which gives a full disk a type of its own and files to their owner alone.
+        temporary.write_bytes(_in_order(save(tensors, metadata)))
         written = read_tensors(temporary)
         if written.keys() != tensors.keys() or not all(torch.equal(written[key], tensors[key]) for key in tensors):
             raise AdapterError(f"{path}: what was written is not what was trained; check the disk")
+
+
+def _in_order(serialized: bytes) -> bytes:
+    """The same safetensors file with its metadata sorted: safetensors orders them by chance, and bytes should not."""
+    start = 8 + int.from_bytes(serialized[:8], "little")
+    header = json.loads(serialized[8:start])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + serialized[start:]
 
 
 def _set_factor(module: AdapterModule, part: str, value: Tensor) -> str | None:

@@ -6,6 +6,7 @@ the number of steps are all there is. A checkpoint is one file, ``step-N/state.p
 
 from __future__ import annotations
 
+import io
 import pickle
 import re
 import shutil
@@ -36,7 +37,10 @@ def save_checkpoint(trainer: Trainer, run: str | Path) -> Path:
         "optimizer": trainer.optimizer.state_dict(),
     }
     with replacing(directory / _STATE) as temporary:
-        torch.save(state, temporary)
+        # Through a buffer, because torch does not say that a disk is full.
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        temporary.write_bytes(buffer.getbuffer())
         reopened = torch.load(temporary, weights_only=True)
         if reopened["step"] != trainer.done or not _same(reopened["adapter"], adapter):
             raise TrainingError(f"{directory}: what was written is not what was trained; check the disk")
