@@ -47,7 +47,8 @@ class Console:
         from rich.console import Console as RichConsole
 
         # What users wrote (prompts, paths, file contents) must never be read as markup or coloured as code.
-        console = RichConsole(file=sys.stderr if self.json else sys.stdout, markup=False, highlight=False, emoji=False)
+        file = sys.stderr if self.json else sys.stdout
+        console = RichConsole(file=file, quiet=self.quiet, markup=False, highlight=False, emoji=False)
         if not console.is_terminal:
             console.width = _WIDTH_OF_FILES
         return console
