@@ -85,11 +85,11 @@ def estimate(config: TrainConfig, *, console: Console | None = None) -> Estimate
 
 def _introduce(run: Run, console: Console) -> None:
     """Say what will be trained on what."""
-    config, training, held_out = run.config, run.rows.training, run.rows.held_out
-    data = f"{config.data}: {len(training):,} rows"
+    config, held_out, both = run.config, len(run.rows.held_out), run.rows.both()
+    data = f"{config.data}: {len(run.rows.training):,} rows"
     if held_out:
-        data += f", {len(held_out):,} held out" + ("" if config.eval_data else " by a hash of the prompt")
-        data += f", {run.rows.both():,} of them trained on too" if run.rows.both() else ""
+        data += f", {held_out:,} held out" + ("" if config.eval_data else " by a hash of the prompt")
+        data += f", {both:,} of them trained on too" if both else ""
     console.fields(
         "",
         {

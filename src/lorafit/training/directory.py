@@ -142,12 +142,12 @@ class RunDirectory:
                 what = name.removesuffix("_sha256").replace("_", " ")
                 raise ConfigError(f"{self.path}: its {what} changed since it began, so it cannot go on; train anew")
 
-    def rewind(self, step: int, steps: int) -> None:
-        """Forget what happened after ``step`` of ``steps``, and what will be measured again at the end."""
+    def rewind(self, step: int, last_step: int) -> None:
+        """Forget what happened after ``step``, and what will be measured again at the end."""
         kept = (
             record
             for record in self.records()
-            if record["step"] <= step and not (record["step"] == steps and "eval_loss" in record)
+            if record["step"] <= step and not (record["step"] == last_step and "eval_loss" in record)
         )
         write_text(self.metrics, "".join(json.dumps(record) + "\n" for record in kept))
 

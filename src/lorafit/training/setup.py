@@ -103,7 +103,8 @@ def check_options(config: TrainConfig) -> None:
         raise ConfigError("--no-eval and --eval-data exclude each other; give one")
     if (Path(config.model) / "adapter").is_dir():
         raise ConfigError(
-            f"{config.model} is a run, and training starts from a base; give the base, or go on with the run by --resume"
+            f"{config.model} is a run, but training starts from a base; give the base, or go on with the run by "
+            "--resume"
         )
     if config.truncate and config.max_length is None:
         raise ConfigError("--truncate needs --max-length, the length to cut at")
