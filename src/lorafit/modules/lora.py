@@ -68,7 +68,7 @@ class _LoRAProduct(torch.autograd.Function):
         inputs = rows if z is None else z.reshape(rows.shape)
         h = inputs @ a.T.to(x.dtype)
         y = rows @ frozen_weight(base, x.dtype).T
-        y.addmm_(h, b.T.to(x.dtype, memory_format=torch.contiguous_format), alpha=scale)
+        y.addmm_(h, b.T.to(x.dtype), alpha=scale)
         ctx.save_for_backward(inputs, h, a, b)
         ctx.base, ctx.scale, ctx.shape, ctx.dropped = base, scale, x.shape, z is not None
         return y.view(*x.shape[:-1], -1)
