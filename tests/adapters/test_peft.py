@@ -24,6 +24,9 @@ from lorafit.modules import QALoRALinear, adapter_modules, attach
 from tests.oracles.adapted import documents, fill
 from tests.oracles.tiny_gguf import TinyLlama, write_tiny_llama
 
+# PEFT asks transformers for something by an old name.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+
 TOKENS = torch.tensor([list(range(40, 90))])
 PREFIX = "base_model.model.model.layers.0.self_attn.q_proj"
 CONFIGS: list[AdapterConfig] = [

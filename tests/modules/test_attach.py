@@ -17,6 +17,9 @@ from lorafit.modules import PackedLinear, PackedWeight, adapter_modules, adapter
 from tests.oracles.adapted import fill
 from tests.oracles.tiny_gguf import TinyLlama, write_tiny_llama
 
+# PEFT asks transformers for something by an old name.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+
 TOKENS = torch.tensor([list(range(40, 60))])
 HIDDEN, INTERMEDIATE, KV, LAYERS = 128, 192, 64, 2
 SHAPES = {  # of each block of the tiny models: (out_dim, in_dim)
