@@ -2,10 +2,13 @@
 
 import json
 import struct
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 import yaml
+from safetensors.numpy import load_file, save_file
 
 from lorafit.adapters import AdapterRecord, save_adapter
 from lorafit.config import AdapterConfig, QALoRA
@@ -68,3 +71,16 @@ def claim_to_be_a_part(path: Path) -> None:
     assert len(entries) == 64  # a multiple of the alignment, so that the data stay aligned
     (count,) = struct.unpack("<Q", data[16:24])
     path.write_bytes(data[:16] + struct.pack("<Q", count + 2) + entries + data[24:])
+
+
+def spoil(run: Path, change: Callable[[dict[str, np.ndarray]], object]) -> None:
+    """Change the stored offsets of a run."""
+    path = run / "adapter/qalora_offsets.safetensors"
+    offsets = {name: value.copy() for name, value in load_file(path).items()}
+    change(offsets)
+    save_file(offsets, path)
+
+
+def to_neighbours(offsets: np.ndarray, places: np.ndarray, units: int) -> None:
+    """Move some numbers away from zero, by so many units in the last place."""
+    offsets.reshape(-1).view(np.uint16)[places] += np.uint16(units)

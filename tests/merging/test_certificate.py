@@ -19,7 +19,7 @@ from lorafit.evaluation.loss import evaluate
 from lorafit.merging import Certificate, Plan, apply, certify, plan
 from lorafit.merging.certificate import Answers, HeldOut, InLlamaCpp, NotMeasured
 from lorafit.models.load import load
-from tests.merging.runs import HELD_OUT, claim_to_be_a_part, write_run
+from tests.merging.runs import HELD_OUT, claim_to_be_a_part, spoil, to_neighbours, write_run
 from tests.oracles.llamacpp import LlamaCppOracle
 from tests.oracles.tiny_gguf import CHAT_TEMPLATE, TinyLlama, write_tiny_llama
 
@@ -146,6 +146,19 @@ def test_another_loss_is_seen(planned: Plan, merged: Path, tmp_path: Path) -> No
     )
     with pytest.raises(MergeError, match=r"tuned\.gguf is not kept: its held-out loss is .*, that of the run"):
         certify(other, tmp_path / "other.gguf", "tuned.gguf")
+
+
+def test_stored_offsets_count_and_not_recomputed_ones(run: Path, tmp_path: Path) -> None:
+    """As on another machine than the one that trained, where a few offsets round to their neighbours."""
+    moved = Path(shutil.copytree(run, tmp_path / "run"))
+    spoil(moved, lambda offsets: to_neighbours(offsets["model.layers.0.mlp.up_proj"], np.arange(3), 1))
+    planned = plan(moved)
+    apply(planned, tmp_path / "tuned.gguf")
+    certificate = certify(planned, tmp_path / "tuned.gguf", "tuned.gguf")
+    assert certificate.weights.rounded_otherwise == 3
+    apply(plan(run), tmp_path / "other.gguf")
+    different = np.fromfile(tmp_path / "tuned.gguf", "<u2") != np.fromfile(tmp_path / "other.gguf", "<u2")
+    assert np.count_nonzero(different) == 3
 
 
 def test_without_held_out_rows_it_says_so(tiny: TinyLlama, tmp_path: Path) -> None:

@@ -10,13 +10,13 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from lorafit.config import LoRA, QALoRA
 from lorafit.errors import MergeError, MissingFileError
 from lorafit.merging import apply, plan, verify
 from lorafit.models.load import load
-from tests.merging.runs import write_run
+from tests.merging.runs import spoil, to_neighbours, write_run
 from tests.oracles.llamacpp import LlamaCppOracle
 from tests.oracles.tiny_gguf import TinyLlama, write_tiny_llama
 
@@ -191,13 +191,6 @@ def test_merging_twice_and_another_base_are_refused(tiny: TinyLlama, tmp_path: P
 LAYER = "model.layers.0.self_attn.q_proj"
 
 
-def spoil(run: Path, change: Callable[[dict[str, np.ndarray]], object]) -> None:
-    path = run / "adapter/qalora_offsets.safetensors"
-    offsets = {name: value.copy() for name, value in load_file(path).items()}
-    change(offsets)
-    save_file(offsets, path)
-
-
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
@@ -217,11 +210,6 @@ def test_offsets_that_do_not_fit_are_refused(copied: Path, change: Callable, com
     spoil(copied, change)
     with pytest.raises(MergeError, match=complaint):
         plan(copied)
-
-
-def to_neighbours(offsets: np.ndarray, places: np.ndarray, units: int) -> None:
-    """Move some numbers away from zero, by so many units in the last place."""
-    offsets.reshape(-1).view(np.uint16)[places] += np.uint16(units)
 
 
 def test_offsets_may_round_otherwise_but_seldom(run: Path, copied: Path) -> None:
@@ -257,6 +245,22 @@ def test_a_single_wrong_bit_is_seen(run: Path, merged: Path, tmp_path: Path, pla
     what = "1 bytes of offsets and 0 others" if place == "offset" else "0 bytes of offsets and 1 others"
     with pytest.raises(MergeError, match=what):
         verify(planned, spoilt)
+
+
+def test_a_wrong_offset_far_into_a_tensor_is_seen(tmp_path: Path) -> None:
+    base = write_tiny_llama(tmp_path / "base.gguf", layers=1, hidden=256, intermediate=512)
+    planned = plan(write_run(tmp_path / "run", base.path, QALoRA(rank=2, alpha=4.0, targets="up_proj")))
+    apply(planned, tmp_path / "tuned.gguf")
+    verify(planned, tmp_path / "tuned.gguf")
+    tensor = tensors(base.path)["blk.0.ffn_up.weight"]
+    assert tensor.n_bytes > 1 << 16, "read in more than one piece"
+    with (tmp_path / "tuned.gguf").open("rb+") as file:
+        file.seek(tensor.data_offset + tensor.n_bytes - 18)
+        first = file.read(1)
+        file.seek(-1, 1)
+        file.write(bytes([first[0] ^ 1]))
+    with pytest.raises(MergeError, match="1 bytes of offsets and 0 others"):
+        verify(planned, tmp_path / "tuned.gguf")
 
 
 def test_a_file_of_another_length_is_seen(run: Path, merged: Path, tmp_path: Path) -> None:

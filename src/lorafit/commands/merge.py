@@ -80,7 +80,7 @@ def show(console: Console, certificate: Certificate) -> None:
     answers = engine.answers if isinstance(engine, InLlamaCpp) else engine
     facts = {
         "weights": f"bit-identical to those trained: {weights.offsets:,} offsets in {weights.tensors} tensors",
-        "bytes": f"{weights.bytes_changed:,} differ from {certificate.base.name}, all in offsets; same size and speed",
+        "bytes": f"{weights.bytes_changed:,} differ from {certificate.base.name}, all in offsets; the size is the same",
     }
     if isinstance(held_out, HeldOut):
         facts["loss in lorafit"] = (

@@ -34,7 +34,7 @@ from lorafit.formats import block_format, write_offsets
 from lorafit.models.load import Base, load_base
 from lorafit.modules import QALoRALinear, adapter_modules
 
-_PIECE_BYTES = 1 << 22  # read at a time
+_PIECE_BYTES = 1 << 16  # read at a time
 
 # How many recomputed offsets may round otherwise than in training. A sum in float32 is off by 1e-7 of its size and half
 # precision rounds in steps of 5e-4 to 1e-3, so about one in a thousand lies so near to an edge that the order of
