@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PRODUCTS = Path("examples/products")
 RUN = Path("runs/demo")
 MERGED = RUN / "products.gguf"
+STEPS = 80
 DESCRIBED = 20
 
 sys.path.insert(0, str(ROOT / PRODUCTS))
@@ -36,8 +37,8 @@ def main() -> None:
     started = time.monotonic()
     train, held_out = PRODUCTS / "train.jsonl", PRODUCTS / "heldout.jsonl"
     step("Train the packed 4-bit model to describe products")
-    command = f"train smollm2-135m {train} --eval-data {held_out} --method qalora --output {RUN} --overwrite"
-    lorafit(command)
+    options = f"--eval-data {held_out} --method qalora --steps {STEPS} --samples 1 --output {RUN} --overwrite"
+    lorafit(f"train smollm2-135m {train} {options}")
 
     step("Would a prompt with three examples have done?")
     lorafit(f"evaluate {RUN} {held_out} --shots 3 --shots-from {train}")

@@ -247,23 +247,11 @@ def _compare_models(plan: Plan, written: Path, documents: Sequence[Document], na
     config, context = plan.config, merged.config.max_position_embeddings
     documents = fit_length(documents, min(config.max_length or context, context), config.truncate)
     batches = split_passes(documents, config.pass_tokens)
-    _settle_sines()
     of_run, of_file = evaluate(plan.base.model, batches), evaluate(merged, batches)
     if of_run.loss != of_file.loss:
         raise MergeError(f"{name} is not kept: its held-out loss is {of_file.loss!r}, that of the run {of_run.loss!r}")
     compute = str(plan.base.compute).removeprefix("torch.")
     return HeldOut(of_run.loss, of_file.loss, len(documents), of_run.tokens, compute)
-
-
-def _settle_sines() -> None:
-    """Use the sine and the cosine once, in one thread.
-
-    MKL chooses how to compute them when they are first used. When several threads are first together, which for the
-    rotary embedding they are, one of them may get a coarse version that is off by 1e-4: in about one process of a
-    hundred, the first forward pass differs from all later ones.
-    """
-    torch.ones(1).sin()
-    torch.ones(1).cos()
 
 
 @dataclass(frozen=True)

@@ -90,6 +90,7 @@ def load_base(model: str | Path, *, compute: Compute = "auto") -> Base:
     """
     path = _resolve(model)
     dtype = compute_dtype(compute)
+    _settle_sines()
     if path.is_dir():
         return _load_directory(path, dtype)
     file = GGUFFile.open(path)
@@ -104,6 +105,17 @@ def compute_dtype(compute: Compute) -> torch.dtype:
     if compute == "auto":
         return torch.bfloat16 if _multiplies_bf16() else torch.float32
     return {"bf16": torch.bfloat16, "fp32": torch.float32}[compute]
+
+
+def _settle_sines() -> None:
+    """Use the sine and the cosine once, in one thread.
+
+    MKL chooses how to compute them when they are first used. When several threads are first together, which for the
+    rotary embedding they are, one of them may get a coarse version that is off by 1e-4: in about one process of a
+    hundred, the first forward pass differs from all later ones.
+    """
+    torch.ones(1).sin()
+    torch.ones(1).cos()
 
 
 def _multiplies_bf16() -> bool:
