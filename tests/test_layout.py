@@ -6,10 +6,23 @@ from pathlib import Path
 import lorafit
 
 ROOT = Path(lorafit.__file__).parent
-ORDER = (
-    "errors config formats containers kernels modules adapters models data objectives evaluation training merging "
-    "commands cli"
-).split()
+ORDER = [
+    "errors",
+    "config",
+    "formats",
+    "containers",
+    "kernels",
+    "modules",
+    "adapters",
+    "models",
+    "data",
+    "objectives",
+    "evaluation",
+    "training",
+    "merging",
+    "commands",
+    "cli",
+]
 
 
 def place(path: Path) -> str:

@@ -92,7 +92,7 @@ def test_the_figure_shows_what_there_is(tmp_path: Path, steps: int) -> None:
     records += [{"step": step, "loss": 3.0 / step} for step in range(1, steps + 1)]
     seen = {}
     for name, shown in (("both", records), ("training", records[1:])):
-        report.draw_loss(tmp_path / name, shown, "a model")
+        report.draw_loss(tmp_path / name, shown)
         pixels = imread(tmp_path / name, format="png")[..., :3]
         # Blue is the training loss, orange the held-out loss; grey (red = green = blue) is everything else.
         red, blue = pixels[..., 0], pixels[..., 2]

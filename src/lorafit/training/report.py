@@ -17,7 +17,7 @@ from lorafit.training.summary import Sample, Summary
 
 def write(run: Path, summary: Summary, config: TrainConfig, records: Sequence[Mapping[str, Any]]) -> None:
     """Leave everything in the directory of a run; ``summary.json`` comes last, and says that the run is complete."""
-    draw_loss(run / "loss.png", records, title(summary))
+    draw_loss(run / "loss.png", records)
     write_report(run / "report.md", summary, config)
     write_model_card(run / "adapter" / "README.md", summary, config)
     write_text(
@@ -28,7 +28,7 @@ def write(run: Path, summary: Summary, config: TrainConfig, records: Sequence[Ma
 _SMOOTHED_FROM = 40  # steps; fewer can be followed with the eye
 
 
-def draw_loss(path: Path, records: Sequence[Mapping[str, Any]], title: str) -> None:
+def draw_loss(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
     """Draw training and held-out loss over the steps from the lines of ``metrics.jsonl``."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -53,7 +53,6 @@ def draw_loss(path: Path, records: Sequence[Mapping[str, Any]], title: str) -> N
                 f"{loss:.3f}", (step, loss), textcoords="offset points", xytext=(0, 9), ha="center",
                 bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1},
             )  # fmt: skip
-    axes.set_title(title, fontsize="medium")
     axes.set_xlabel("step")
     axes.set_ylabel("loss per answer token (nats)")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -75,7 +74,7 @@ def smooth(losses: Sequence[float]) -> list[float]:
     return result
 
 
-def title(summary: Summary) -> str:
+def _title(summary: Summary) -> str:
     """What was tuned, in a few words."""
     return f"{Path(summary.model).name}, tuned with {summary.method}"
 
@@ -94,7 +93,7 @@ def command_line(config: TrainConfig) -> str:
 
 def write_report(path: Path, summary: Summary, config: TrainConfig) -> None:
     """Write ``report.md``."""
-    lines = [f"# {title(summary)}", "", *_result(summary), "![loss](loss.png)", ""]
+    lines = [f"# {_title(summary)}", "", *_result(summary), "![loss](loss.png)", ""]
     lines += ["## Coverage", "", *_coverage(summary.coverage), "", *_samples(summary.samples)]
     memory = f"{summary.peak_rss_bytes / 1e9:.2f} GB" if summary.peak_rss_bytes else "not measured on this system"
     lines += [
@@ -126,7 +125,7 @@ def write_model_card(path: Path, summary: Summary, config: TrainConfig) -> None:
         "tags: [lora, lorafit]",
         "---",
         "",
-        f"# Adapter: {title(summary)}",
+        f"# Adapter: {_title(summary)}",
         "",
         f"{size} parameters, trained with lorafit in {summary.steps} steps:",
         "",
@@ -158,7 +157,7 @@ def _result(summary: Summary) -> list[str]:
         for name, metrics in (("base", summary.eval_before), ("tuned", summary.eval_after))
     ]
     table = _table(["held out", "loss", "perplexity", "token accuracy"], rows)
-    return [*table, "", f"On {summary.eval_after.tokens:,} answer tokens that were not trained on.", ""]
+    return [*table, "", f"On {summary.eval_after.tokens:,} answer tokens of the rows in `heldout.jsonl`.", ""]
 
 
 def _coverage(coverage: Coverage) -> list[str]:
