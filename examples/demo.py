@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -53,9 +54,14 @@ def main() -> None:
     for what, path in (("run", RUN), ("report", RUN / "report.md"), ("figure", RUN / "loss.png"), ("model", MERGED)):
         console.print(f"  {what:<8}{path}")
     step("Next")
-    console.print(f"  lorafit chat {RUN}          talk with the tuned model")
-    console.print("  lorafit preview smollm2-135m YOUR.jsonl   see what your own data would teach")
-    console.print("  lorafit train YOUR.gguf YOUR.jsonl        tune the model that you run")
+    if shutil.which("lorafit") is None:
+        console.print(f"  {'. .venv/bin/activate':<44}make `lorafit` a command of this shell")
+    for command, what in (
+        (f"lorafit chat {RUN}", "talk with the tuned model"),
+        ("lorafit preview smollm2-135m YOUR.jsonl", "see what your own data would teach"),
+        ("lorafit train YOUR.gguf YOUR.jsonl", "tune the model that you run"),
+    ):
+        console.print(f"  {command:<44}{what}")
     console.print(f"\nDone in {time.monotonic() - started:.0f} s.")
 
 

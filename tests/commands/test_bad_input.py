@@ -212,7 +212,7 @@ def test_methods_that_do_not_fit(refused: Callable[..., str], here: Path) -> Non
         (["--rank", "many"], 'unable to convert "many" into int'),
         (["--method", "dora"], "Choose from"),
         (["--learning-rate", "0"], "--learning-rate is 0.0, but must be above 0"),
-        (["--batch-size", "1000"], "--batch-size is 1000, but there are 44 training rows; give 44 or less"),
+        (["--batch-size", "1000"], "--batch-size is 1000, but rows to train on number 44; give that or less"),
         (["--method", "qalora", "--dropout", "0.1"], "--dropout 0.1 has no effect with --method qalora"),
         (["--no-eval", "--eval-every", "2"], "--eval-every 2 has no effect with --no-eval"),
         (["--eval-every", "6", "--rank", "2"], "--eval-every 6 has no effect in a run of 6 steps"),

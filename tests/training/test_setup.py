@@ -151,7 +151,7 @@ def test_what_is_left_open_is_decided_by_model_and_data(folder: Path, tiny: Base
 @pytest.mark.parametrize(
     ("settings", "complaint"),
     [
-        ({"batch_size": 45}, "--batch-size is 45, but there are 44 training rows; give 44 or less"),
+        ({"batch_size": 45}, "--batch-size is 45, but rows to train on number 44; give that or less"),
         ({"samples": 17}, "--samples 17 has no effect beyond the 16 rows that are held out"),
         ({"eval_every": 6}, "--eval-every 6 has no effect in a run of 6 steps"),
         ({"checkpoint_every": 9, "steps": 9}, "--checkpoint-every 9 has no effect in a run of 9 steps"),

@@ -86,7 +86,7 @@ def estimate(config: TrainConfig, *, console: Console | None = None) -> Estimate
 def _introduce(run: Run, console: Console) -> None:
     """Say what will be trained on what."""
     config, held_out, both = run.config, len(run.rows.held_out), run.rows.both()
-    data = f"{config.data}: {len(run.rows.training):,} rows"
+    data = f"{config.data}: {_count(len(run.rows.training), 'row')}"
     if held_out:
         data += f", {held_out:,} held out" + ("" if config.eval_data else " by a hash of the prompt")
         data += f", {both:,} of them trained on too" if both else ""
@@ -97,7 +97,7 @@ def _introduce(run: Run, console: Console) -> None:
             "data": data,
             "method": f"{config.method}, rank {config.rank}, learning rate {config.learning_rate:g}",
             "compute": str(run.base.compute).removeprefix("torch."),
-            "run": f"{run.last_step:,} steps of {config.batch_size:,} rows -> {config.output}",
+            "run": f"{_count(run.last_step, 'step')} of {_count(config.batch_size, 'row')} -> {config.output}",
         },
     )
     console.coverage(run.coverage)
@@ -154,6 +154,10 @@ def _conclude(summary: Summary, console: Console) -> None:
     if summary.method == "qalora":
         following["ship"] = shlex.join(["lorafit", "merge", run, f"{run}.gguf"])
     console.fields("Next", following)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def train_command(

@@ -187,7 +187,7 @@ def resolve(config: TrainConfig, model: PreTrainedModel, rows: Rows) -> TrainCon
     adapter_config(config, method)
     count = len(rows.training)
     if config.batch_size > count:
-        raise ConfigError(f"{_given(config, 'batch_size')}, but there are {count} training rows; give {count} or less")
+        raise ConfigError(f"{_given(config, 'batch_size')}, but rows to train on number {count}; give that or less")
     if rows.held_out and config.samples > len(rows.held_out):
         _refuse_idle(config, ("samples",), f"beyond the {len(rows.held_out)} rows that are held out")
     steps = config.steps or math.ceil((config.epochs or 1.0) * count / config.batch_size)
