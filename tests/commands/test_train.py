@@ -231,8 +231,9 @@ def test_an_older_run_stays_until_a_new_one_begins(
 def test_ctrl_c_saves_and_resuming_gives_the_bits_of_an_uninterrupted_run(
     config: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = replace(config, method="lora", dropout=0.1, steps=40, eval_every=15, output=str(tmp_path / "whole"))
+    config = replace(config, method="lora", dropout=0.1, steps=40, eval_every=20, output=str(tmp_path / "whole"))
     train(config)
+    assert [line["step"] for line in metrics(config.output) if "eval_loss" in line] == [0, 20, 40]
     stopped = str(tmp_path / "stopped run")
     settings = f"{config.output}/config.yaml"
     process = subprocess.Popen(
