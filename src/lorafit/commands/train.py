@@ -111,8 +111,8 @@ def _fit(run: Run, console: Console) -> None:
         console.print("Stopping after this step; press Ctrl-C again to stop at once.")
 
     with (
-        console.progress("training", run.last_step, done=run.trainer.done) as progress,
         deferred_interrupt(announce) as interrupt,
+        console.progress("training", run.last_step, done=run.trainer.done) as progress,
     ):
         for step in run.steps():
             progress.update(step.step, loss=step.loss, tokens_per_second=step.tokens / step.seconds)
