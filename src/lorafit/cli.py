@@ -20,7 +20,7 @@ from cyclopts.exceptions import MissingArgumentError, UnusedCliTokensError
 
 from lorafit import __version__
 from lorafit.config import read_settings
-from lorafit.errors import ConfigError, LorafitError
+from lorafit.errors import ConfigError, LorafitError, MissingFileError
 
 INTERRUPTED = 130
 
@@ -41,6 +41,8 @@ def fill_from_settings(app: App, commands: tuple[str, ...], arguments: Any) -> N
         raise ConfigError("--resume takes the settings of its run; leave out --config")
     if "--resume" in given:
         path = os.path.join(given["--resume"], "config.yaml")
+        if not os.path.isfile(path):
+            raise MissingFileError(f"{given['--resume']} is not a run: it has no config.yaml")
     elif "--config" in given:
         path = given["--config"]
     else:

@@ -139,3 +139,10 @@ def test_no_such_file_and_a_directory(tmp_path: Path) -> None:
         read_examples(tmp_path / "trian.jsonl")
     with pytest.raises(MissingFileError, match=r"is a directory; name a file in it: train.jsonl"):
         read_examples(tmp_path)
+
+
+def test_a_model_given_as_data_is_called_a_model(tmp_path: Path):
+    path = tmp_path / "model.gguf"
+    path.write_bytes(b"GGUF\x03\x00\x00\x00\xff\xfe\x00")
+    with pytest.raises(DataError, match=r"model\.gguf holds no rows: it is a model or an archive; give a \.jsonl file"):
+        read_examples(path)

@@ -103,6 +103,9 @@ def read_examples(path: str | Path) -> list[Example]:
 def _lines(path: Path) -> Iterator[tuple[str, str]]:
     """The lines of ``path`` that are not blank, each with its place."""
     with path.open("rb") as file:
+        if file.read(4).startswith((b"GGUF", b"PK\x03\x04", b"\x1f\x8b")):
+            raise DataError(f"{path} holds no rows: it is a model or an archive; give a .jsonl file of conversations")
+        file.seek(0)
         for number, raw in enumerate(file, start=1):
             source = f"{path}:{number}"
             try:

@@ -47,7 +47,8 @@ def draw_loss(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
         axes.plot(steps, smooth(losses), color="#2f5d9b", linewidth=2, label="training, smoothed")
     if held_out:
         steps, losses = zip(*held_out, strict=True)
-        axes.plot(steps, losses, "o--", color="#c4572b", linewidth=1.5, label="held out")
+        # A line between two points would tell of a course that nobody measured.
+        axes.plot(steps, losses, "o--" if len(steps) > 2 else "o", color="#c4572b", linewidth=1.5, label="held out")
         for step, loss in (held_out[0], held_out[-1]):
             axes.annotate(
                 f"{loss:.3f}", (step, loss), textcoords="offset points", xytext=(0, 9), ha="center",
