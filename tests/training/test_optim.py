@@ -33,7 +33,7 @@ def test_every_step_learns_and_none_above_the_peak(decay: str, steps: int, warmu
     assert rates == sorted(rates[:top]) + sorted(rates[top:], reverse=True)
 
 
-def test_default_rates_follow_the_published_rule() -> None:
+def test_default_rates_fall_with_the_width() -> None:
     # "LoRA without regret": 5e-5 · 10 · (2000 / width)^0.78.
     assert default_learning_rate("lora", 576) == 2.6e-3  # 1.5 / 576 = 0.00260
     assert default_learning_rate("lora", 4096) == 3.7e-4  # 1.5 / 4096 = 0.000366

@@ -1,7 +1,7 @@
 """Learning rates and the optimiser.
 
-The best learning rate of LoRA is about ten times that of full fine-tuning, hardly depends on the rank when the update is
-scaled by alpha/rank, and falls with the width of the model. With Adam a matrix wants a rate in proportion to 1/width
+The best learning rate of LoRA is about ten times that of full fine-tuning, hardly depends on the rank when the update
+is scaled by alpha/rank, and falls with the width of the model. With Adam a matrix wants a rate in proportion to 1/width
 (arXiv 2203.03466), and 1.5/width is what serves SmolLM2-135M: 2.6e-3. For a width of 4,096 it gives 3.7e-4, close to
 what "LoRA without regret" (Schulman and others, 2025) measured there. QA-LoRA's update reaches the weights through sums
 over blocks and takes twice that rate. benchmarks/README.md has the measurements.
