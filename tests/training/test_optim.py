@@ -34,7 +34,7 @@ def test_every_step_learns_and_none_above_the_peak(decay: str, steps: int, warmu
 
 
 def test_default_rates_fall_with_the_width() -> None:
-    # "LoRA without regret": 5e-5 · 10 · (2000 / width)^0.78.
+    # Rounded to two digits.
     assert default_learning_rate("lora", 576) == 2.6e-3  # 1.5 / 576 = 0.00260
     assert default_learning_rate("lora", 4096) == 3.7e-4  # 1.5 / 4096 = 0.000366
     assert default_learning_rate("qalora", 576) == 5.2e-3
