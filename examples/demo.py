@@ -55,7 +55,7 @@ def main() -> None:
         console.print(f"  {what:<8}{path}")
     step("Next")
     if shutil.which("lorafit") is None:
-        console.print(f"  {'. .venv/bin/activate':<44}make `lorafit` a command of this shell")
+        console.print(f"  {'. .venv/bin/activate':<44}make `lorafit` a command")
     for command, what in (
         (f"lorafit chat {RUN}", "talk with the tuned model"),
         ("lorafit preview smollm2-135m YOUR.jsonl", "see what your own data would teach"),
