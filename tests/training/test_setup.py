@@ -137,8 +137,8 @@ def test_what_is_left_open_is_decided_by_model_and_data(folder: Path, tiny: Base
     asked = config(folder)
     rows = setup.read_rows(asked)
     resolved = setup.resolve(asked, tiny.model, rows)
-    # 44 rows by 8; 5e-4·(2000 / 64)^0.78 = 0.00732, twice that for QA-LoRA, in two digits.
-    assert (resolved.method, resolved.steps, resolved.learning_rate) == ("qalora", 6, 0.015)
+    # 44 rows by 8; 1.5 / 64 = 0.0234, twice that for QA-LoRA, in two digits.
+    assert (resolved.method, resolved.steps, resolved.learning_rate) == ("qalora", 6, 0.047)
     assert resolved.output == "runs/tiny-qalora"
     assert setup.resolve(resolved, tiny.model, rows) == resolved, "resolving twice changes nothing"
     plain = setup.resolve(asked, eight.model, rows)
