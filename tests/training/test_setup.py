@@ -142,7 +142,7 @@ def test_what_is_left_open_is_decided_by_model_and_data(folder: Path, tiny: Base
     assert resolved.output == "runs/tiny-qalora"
     assert setup.resolve(resolved, tiny.model, rows) == resolved, "resolving twice changes nothing"
     plain = setup.resolve(asked, eight.model, rows)
-    assert (plain.method, plain.learning_rate) == ("lora", 0.0073)
+    assert (plain.method, plain.learning_rate) == ("lora", 0.023)
     asked = config(folder, method="lora", learning_rate=1e-3, epochs=2.0, batch_size=3, output="here")
     resolved = setup.resolve(asked, tiny.model, rows)
     assert resolved == dataclasses.replace(asked, epochs=None, steps=30)
