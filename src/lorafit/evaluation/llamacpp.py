@@ -54,8 +54,8 @@ class LlamaCpp:
         path: The GGUF file.
         n_ctx: Context length in tokens: prompt and answer together.
         threads: Threads to compute with; by default one per processor but one, at most 8. llama.cpp's threads wait for
-            one another spinning, so one that lost its core holds up all of them: measured with a core taken, two
-            threads on two cores were four times slower than one.
+            one another spinning, so one that lost its core holds up all of them: with a core taken, two threads
+            on two cores are nearly three times slower than one (benchmarks/NOTES.md).
 
     Raises:
         DependencyError: The package ``xllamacpp`` is not installed.

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from transformers import AttentionInterface, PreTrainedModel
 
 _NAME = "lorafit_documents"
-_FOLDED_LENGTH = 512  # up to here plain products are faster than the fused kernel; see benchmarks/
+_FOLDED_LENGTH = 512  # up to here plain products are faster than the fused kernel; see benchmarks/NOTES.md
 
 
 @lru_cache(maxsize=64)
