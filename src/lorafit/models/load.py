@@ -1,25 +1,17 @@
 """From a name, file or directory to a model that is ready to train, and its tokenizer.
 
 transformers provides the architecture, built on the meta device so that no weight is ever allocated; then every linear
-layer and embedding of a GGUF file becomes a view of the mapped blocks. A Hugging Face directory goes through
-transformers' own loader.
+layer and embedding of a GGUF file becomes a view of the mapped blocks.
 """
 
 from __future__ import annotations
 
-import json
-import logging
-import textwrap
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging as transformers_logging
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from lorafit.adapters import load_adapter, read_record
 from lorafit.config import Compute
@@ -27,6 +19,8 @@ from lorafit.containers.gguf import GGUFFile, TensorInfo
 from lorafit.errors import ContainerError, MissingFileError, ModelError
 from lorafit.formats import dequantize, finite
 from lorafit.models import keymap
+from lorafit.models.directory import load_directory
+from lorafit.models.problems import raise_problems
 from lorafit.models.pull import EMBEDDED, pull
 from lorafit.models.tokenizer import tokenizer_from_gguf
 from lorafit.modules import PackedEmbedding, PackedLinear, PackedWeight
@@ -92,7 +86,7 @@ def load_base(model: str | Path, *, compute: Compute = "auto") -> Base:
     dtype = compute_dtype(compute)
     _settle_sines()
     if path.is_dir():
-        return _load_directory(path, dtype)
+        return Base(*load_directory(path, dtype), path, dtype)
     file = GGUFFile.open(path)
     licence = str(file.metadata.get("general.license", "not stated"))
     keymap.family_of(file.metadata.get("general.architecture"), str(path))  # of an unknown one, read nothing else
@@ -192,13 +186,7 @@ def _check_tensors(file: GGUFFile, model: PreTrainedModel) -> None:
             problems.append(f"{info.name!r} is not a tensor of this architecture")
         elif expected[name] != info.shape:
             problems.append(f"{info.name} has the shape {list(info.shape)}, not {list(expected[name])}")
-    _raise_problems(file.path, problems)
-
-
-def _raise_problems(path: Path, problems: list[str]) -> None:
-    if problems:
-        rest = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise ModelError(f"{path} does not hold the model that it describes: {'; '.join(problems[:5])}{rest}")
+    raise_problems(file.path, problems)
 
 
 def _place(
@@ -231,74 +219,3 @@ def _restore_rotary(model: PreTrainedModel, file: GGUFFile) -> None:
         rotary.inv_freq = rotary.inv_freq / factors
         rotary.original_inv_freq = rotary.inv_freq.clone()
     model.model.rotary_emb = rotary
-
-
-# Settings of config.json that change what a model computes or how it is stored, and that lorafit does not carry out.
-_UNSUPPORTED = {
-    "quantization_config": "lorafit does not read weights that are quantised so; use a GGUF file of the model",
-    "auto_map": "it brings its own modelling code, which lorafit does not run",
-    "attention_dropout": "lorafit trains without dropout in attention; set it to 0 there",
-}
-
-
-def _load_directory(path: Path, dtype: torch.dtype) -> Base:
-    config_file = path / "config.json"
-    if not config_file.is_file():
-        raise ModelError(f"{path} is neither a model nor a run: it has no config.json and no adapter/")
-    try:
-        fields = json.loads(config_file.read_text(encoding="utf-8"))
-    except ValueError:
-        fields = None
-    if not isinstance(fields, dict):
-        raise ModelError(f"{config_file} is not a JSON object")
-    keymap.family_of(fields.get("model_type"), str(path))
-    for name, why in _UNSUPPORTED.items():
-        if fields.get(name):
-            raise ModelError(f"{config_file} sets {name}: {why}")
-    if not list(path.glob("*.safetensors")):
-        raise ModelError(f"{path} holds no .safetensors file; lorafit does not load pickled weights")
-    with _quiet_transformers():
-        try:
-            # Differences of shape are let through, to be reported below together with all others.
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                path, dtype=dtype, attn_implementation="sdpa", use_safetensors=True, trust_remote_code=False,
-                ignore_mismatched_sizes=True, output_loading_info=True,
-            )  # fmt: skip
-        except Exception as error:  # of many kinds: transformers', safetensors', Python's
-            raise ModelError(f"{path} cannot be loaded: {_in_one_line(error)}") from error
-        model, report = loaded
-        _check_report(path, report)
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-        except Exception as error:
-            raise ModelError(f"{path}: its tokenizer cannot be loaded: {_in_one_line(error)}") from error
-    return Base(model.requires_grad_(False).eval(), tokenizer, path, dtype)
-
-
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """No warnings and bars from transformers inside: what they report is raised as one error, or is no concern."""
-    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity(logging.CRITICAL)
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(level)
-        if bars:
-            transformers_logging.enable_progress_bar()
-
-
-def _in_one_line(error: Exception) -> str:
-    return textwrap.shorten(f"{type(error).__name__}: {error}", 300)
-
-
-def _check_report(path: Path, report: dict[str, Any]) -> None:
-    problems = [f"{name} is missing" for name in report["missing_keys"]]
-    problems += [f"{name} is not a weight of this architecture" for name in report["unexpected_keys"]]
-    problems += [
-        f"{name} has the shape {list(found)}, not {list(expected)}"
-        for name, found, expected in report["mismatched_keys"]
-    ]
-    problems += [str(message) for message in report["error_msgs"]]
-    _raise_problems(path, sorted(problems))
