@@ -67,7 +67,7 @@ def by_reference(
 ) -> Tensor:
     count = len(blocks) if rows is None else len(rows)
     out = torch.empty(count, blocks.shape[1] // FORMATS[name].nbytes * FORMATS[name].elements, dtype=dtype)
-    reference.dequantize(blocks, name, rows, offsets, out)
+    reference.dequantize(blocks, name, rows, offsets, None, out)
     return out
 
 
@@ -163,7 +163,7 @@ def test_linear(name: str, tokens: int, threads: int, dtype: torch.dtype) -> Non
         result = kernels.linear(x, blocks, name, rows=rows)
         assert (result.shape, result.dtype) == ((tokens, len(weight)), dtype)
         check_product(result, x, weight)
-        slow = reference.linear(x, blocks, name, rows, None)
+        slow = reference.linear(x, blocks, name, rows, None, None)
         assert (slow.shape, slow.dtype) == ((tokens, len(weight)), dtype)
         check_product(slow, x, weight)
 

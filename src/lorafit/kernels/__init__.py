@@ -7,7 +7,8 @@ A packed weight is described by its blocks, uint8 [rows, row_bytes] in the file'
 
 * ``rows``, int64 [rows]: row i of the weight is row ``rows[i]`` of the blocks (GGUF permutes rows of some layers, and
   looking up embeddings is taking some of the rows);
-* ``offsets``, float16 [rows, groups]: use these instead of the block offsets (QA-LoRA's m'), in the weight's row order.
+* ``offsets``, float16 [rows, groups]: use these instead of the block offsets (QA-LoRA's m'), in the weight's row order;
+* ``constants``, float32: what a double-quantised format keeps beside its blocks, see ``lorafit.formats``.
 """
 
 from __future__ import annotations
@@ -26,6 +27,9 @@ except ImportError:  # without numba, or on a processor that it cannot serve, ev
     cpu = None  # type: ignore[assignment]
 
 
+_SHARED = 256  # blocks of a double-quantised tensor that share a scale
+
+
 def dequantize(
     blocks: Tensor,
     format_name: str,
@@ -33,6 +37,7 @@ def dequantize(
     *,
     rows: Tensor | None = None,
     offsets: Tensor | None = None,
+    constants: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """Unpack a weight into a compute dtype, rounding once, from float32.
@@ -43,6 +48,7 @@ def dequantize(
         dtype: Floating-point type of the result.
         rows: Row order, see the module.
         offsets: Other block offsets, see the module.
+        constants: Constants of a double-quantised format, see the module.
         out: Where to write, [rows, width] of ``dtype`` and contiguous; allocated if missing.
 
     Returns:
@@ -51,16 +57,22 @@ def dequantize(
     Raises:
         IndexError: ``rows`` asks for a row that is not there.
     """
-    shape = _checked_shape(blocks, block_format(format_name), rows, offsets)
+    shape = _checked_shape(blocks, block_format(format_name), rows, offsets, constants)
     if out is None:
         out = torch.empty(shape, dtype=dtype, device=blocks.device)
     assert out.shape == shape and out.dtype == dtype and out.is_contiguous()
-    _backend(blocks, format_name, dtype).dequantize(blocks, format_name, rows, offsets, out)
+    _backend(blocks, format_name, dtype).dequantize(blocks, format_name, rows, offsets, constants, out)
     return out
 
 
 def linear(
-    x: Tensor, blocks: Tensor, format_name: str, *, rows: Tensor | None = None, offsets: Tensor | None = None
+    x: Tensor,
+    blocks: Tensor,
+    format_name: str,
+    *,
+    rows: Tensor | None = None,
+    offsets: Tensor | None = None,
+    constants: Tensor | None = None,
 ) -> Tensor:
     """x·Wᵀ for a few vectors, reading the packed weight once and never unpacking it: what decoding needs.
 
@@ -70,6 +82,7 @@ def linear(
         format_name: Its block format.
         rows: Row order, see the module.
         offsets: Other block offsets, see the module.
+        constants: Constants of a double-quantised format, see the module.
 
     Returns:
         [tokens, rows] in the type of ``x``, accumulated in float32.
@@ -77,9 +90,9 @@ def linear(
     Raises:
         IndexError: ``rows`` asks for a row that is not there.
     """
-    shape = _checked_shape(blocks, block_format(format_name), rows, offsets)
+    shape = _checked_shape(blocks, block_format(format_name), rows, offsets, constants)
     assert x.shape[1:] == shape[1:], "a vector as wide as the weight"
-    return _backend(blocks, format_name, torch.float32).linear(x, blocks, format_name, rows, offsets)
+    return _backend(blocks, format_name, torch.float32).linear(x, blocks, format_name, rows, offsets, constants)
 
 
 def fuses_linear(blocks: Tensor, format_name: str) -> bool:
@@ -87,7 +100,9 @@ def fuses_linear(blocks: Tensor, format_name: str) -> bool:
     return _backend(blocks, format_name, torch.float32) is not reference
 
 
-def _checked_shape(blocks: Tensor, block: BlockFormat, rows: Tensor | None, offsets: Tensor | None) -> tuple[int, int]:
+def _checked_shape(
+    blocks: Tensor, block: BlockFormat, rows: Tensor | None, offsets: Tensor | None, constants: Tensor | None
+) -> tuple[int, int]:
     """The weight's shape. Compiled code reads wherever it is told to, so every claim is checked here."""
     groups = blocks.shape[1] // block.nbytes
     assert blocks.dtype == torch.uint8 and blocks.shape[1] == groups * block.nbytes, "whole blocks"
@@ -100,6 +115,11 @@ def _checked_shape(blocks: Tensor, block: BlockFormat, rows: Tensor | None, offs
     if offsets is not None:
         assert block.offset_at is not None, f"{block.name} has no offsets"
         assert offsets.shape == (count, groups) and offsets.dtype == torch.float16, "one half for each block"
+    if constants is not None:
+        scales = -(-blocks.shape[0] * groups // _SHARED)
+        assert constants.shape == (1 + scales,) and constants.dtype == torch.float32, (
+            "a mean, then one scale for 256 blocks"
+        )
     return count, groups * block.elements
 
 

@@ -30,7 +30,6 @@ if not torch.cpu.get_capabilities().get("f16c", True):
     raise ImportError("this processor does not convert half precision; lorafit computes without compiled code")
 
 _LANES = 16
-_BLOCK = 32  # elements of every block format below
 _NAN = 0x7FC0  # in bfloat16
 _I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 _F32 = ir.FloatType()
@@ -161,22 +160,22 @@ def _compiled(function: Callable[..., None]) -> Any:
 
 
 @_compiled
-def _dequantize_rows(blocks: Any, rows: Any, offsets: Any, groups: int, out: Any) -> None:
+def _dequantize_rows(blocks: Any, rows: Any, offsets: Any, groups: int, elements: int, out: Any) -> None:
     for row in prange(rows.shape[0]):
         for group in range(groups):
             here = row * groups + group
-            _store_block(blocks, rows[row] * groups + group, offsets, here, out, here * _BLOCK)
+            _store_block(blocks, rows[row] * groups + group, offsets, here, out, here * elements)
 
 
 @_compiled
-def _linear_rows(x: Any, blocks: Any, rows: Any, offsets: Any, groups: int, out: Any) -> None:
+def _linear_rows(x: Any, blocks: Any, rows: Any, offsets: Any, groups: int, elements: int, out: Any) -> None:
     for row in prange(rows.shape[0]):
         sums = np.empty(_LANES, np.float32)
         for token in range(out.shape[0]):
             sums[:] = 0.0
             for group in range(groups):
                 block, offset = rows[row] * groups + group, row * groups + group
-                _add_products(blocks, block, offsets, offset, x, (token * groups + group) * _BLOCK, sums)
+                _add_products(blocks, block, offsets, offset, x, (token * groups + group) * elements, sums)
             out[token, row] = sums.sum()
 
 
@@ -185,22 +184,39 @@ def supports(format_name: str, dtype: torch.dtype) -> bool:
     return format_name in _UNPACK and dtype in (torch.bfloat16, torch.float32)
 
 
-def dequantize(blocks: Tensor, format_name: str, rows: Tensor | None, offsets: Tensor | None, out: Tensor) -> None:
+def dequantize(
+    blocks: Tensor,
+    format_name: str,
+    rows: Tensor | None,
+    offsets: Tensor | None,
+    constants: Tensor | None,
+    out: Tensor,
+) -> None:
     """Write the weight into ``out`` [rows, width], bfloat16 or float32."""
+    assert constants is None, f"{format_name} has no constants"
     target = out.view(torch.uint16) if out.dtype == torch.bfloat16 else out
     _follow_torch_threads()
-    order = _order(rows, out.shape[0])
-    groups = out.shape[1] // _BLOCK
-    _dequantize_rows(_records(blocks, format_name), order, _bits(offsets), groups, target.numpy().reshape(-1))
+    order, elements = _order(rows, out.shape[0]), block_format(format_name).elements
+    groups = out.shape[1] // elements
+    _dequantize_rows(_records(blocks, format_name), order, _bits(offsets), groups, elements, target.numpy().reshape(-1))
 
 
-def linear(x: Tensor, blocks: Tensor, format_name: str, rows: Tensor | None, offsets: Tensor | None) -> Tensor:
+def linear(
+    x: Tensor,
+    blocks: Tensor,
+    format_name: str,
+    rows: Tensor | None,
+    offsets: Tensor | None,
+    constants: Tensor | None,
+) -> Tensor:
     """x·Wᵀ: [tokens, width] -> [tokens, rows] in the type of ``x``."""
-    order = _order(rows, blocks.shape[0])
+    assert constants is None, f"{format_name} has no constants"
+    order, elements = _order(rows, blocks.shape[0]), block_format(format_name).elements
     out = np.empty((x.shape[0], len(order)), np.float32)
     inputs = x.float().contiguous().numpy().reshape(-1)
     _follow_torch_threads()
-    _linear_rows(inputs, _records(blocks, format_name), order, _bits(offsets), x.shape[1] // _BLOCK, out)
+    groups = x.shape[1] // elements
+    _linear_rows(inputs, _records(blocks, format_name), order, _bits(offsets), groups, elements, out)
     return torch.from_numpy(out).to(x.dtype)
 
 

@@ -42,13 +42,23 @@ class PackedWeight(nn.Module):
         blocks: uint8 [out_dim, row_bytes], usually a view of a mapped file.
         format_name: Block format.
         rows: int64 [out_dim]; row i of the matrix is row ``rows[i]`` of the blocks. None for the natural order.
+        constants: float32; what a double-quantised format keeps beside its blocks.
         name: The tensor's name in the file, for reports and merging.
     """
 
     blocks: Tensor
     rows: Tensor | None
+    constants: Tensor | None
 
-    def __init__(self, blocks: Tensor, format_name: str, *, rows: Tensor | None = None, name: str = "") -> None:
+    def __init__(
+        self,
+        blocks: Tensor,
+        format_name: str,
+        *,
+        rows: Tensor | None = None,
+        constants: Tensor | None = None,
+        name: str = "",
+    ) -> None:
         super().__init__()
         block = block_format(format_name)
         self.format_name = format_name
@@ -57,22 +67,32 @@ class PackedWeight(nn.Module):
         # Not persistent: a state dict holds what was trained, and the base lies in its file.
         self.register_buffer("blocks", blocks, persistent=False)
         self.register_buffer("rows", rows, persistent=False)
+        self.register_buffer("constants", constants, persistent=False)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that hold the weights: blocks and constants."""
+        return self.blocks.nbytes + (0 if self.constants is None else self.constants.nbytes)
 
     def dense(self, dtype: torch.dtype, offsets: Tensor | None = None) -> Tensor:
         """The matrix [out_dim, in_dim] in ``dtype``, in the scratch buffer: valid until the next one is unpacked."""
         out = scratch(self.shape, dtype, self.blocks.device)
-        return kernels.dequantize(self.blocks, self.format_name, dtype, rows=self.rows, offsets=offsets, out=out)
+        return kernels.dequantize(
+            self.blocks, self.format_name, dtype, rows=self.rows, offsets=offsets, constants=self.constants, out=out
+        )
 
     def take(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
         """Some rows of the matrix: int64 [n] -> [n, in_dim]."""
         rows = ids if self.rows is None else self.rows[ids]
-        return kernels.dequantize(self.blocks, self.format_name, dtype, rows=rows)
+        return kernels.dequantize(self.blocks, self.format_name, dtype, rows=rows, constants=self.constants)
 
     def product(self, x: Tensor, offsets: Tensor | None = None) -> Tensor:
         """x·Wᵀ without a gradient: [..., in_dim] -> [..., out_dim]."""
         flat = x.reshape(-1, x.shape[-1])
         if flat.shape[0] <= _FUSED_TOKENS and kernels.fuses_linear(self.blocks, self.format_name):
-            result = kernels.linear(flat, self.blocks, self.format_name, rows=self.rows, offsets=offsets)
+            result = kernels.linear(
+                flat, self.blocks, self.format_name, rows=self.rows, offsets=offsets, constants=self.constants
+            )
         else:
             result = flat @ self.dense(x.dtype, offsets).T
         return result.view(*x.shape[:-1], self.shape[0])
