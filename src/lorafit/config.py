@@ -16,6 +16,7 @@ from lorafit.errors import ConfigError, MissingFileError
 
 Method = Literal["lora", "qalora"]
 Compute = Literal["auto", "bf16", "fp32"]
+Memory = Literal["high", "lowest"]
 Scaling = Literal["standard", "rslora", "plain"]
 
 
@@ -122,6 +123,8 @@ class TrainConfig:
         no_eval: Train on everything and measure nothing.
         eval_every: Steps between evaluations; 0 evaluates before and after only.
         checkpoint_every: Steps between checkpoints; 0 saves at the end only.
+        memory: What a step keeps for its backward pass: ``high`` everything, ``lowest`` each layer's input only, for
+            long rows and large models, at about a third more time.
         compute: Arithmetic: ``bf16``, ``fp32``, or ``auto`` for bf16 where the processor has it.
         samples: Held-out rows that base and tuned model answer side by side in the report.
         overwrite: Replace the output directory if it exists.
@@ -153,6 +156,7 @@ class TrainConfig:
     no_eval: bool = False
     eval_every: int = 0
     checkpoint_every: int = 0
+    memory: Memory = "high"
     compute: Compute = "auto"
     samples: int = 3
     overwrite: bool = False

@@ -25,6 +25,7 @@ from lorafit.data.chat import Document
 from lorafit.data.packing import Batch, rows_of_step, split_passes
 from lorafit.models.attention import document_attention
 from lorafit.training import optim, proof
+from lorafit.training.memory import keep_activations
 
 Loss = Callable[[PreTrainedModel, Batch], Tensor]
 
@@ -65,6 +66,7 @@ class Trainer:
         self.model = model
         self.loss = loss
         self.config = config
+        keep_activations(model, config.memory)
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.optimizer = optim.make_optimizer(self.parameters, config.weight_decay)
         self.done = 0

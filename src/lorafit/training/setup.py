@@ -12,7 +12,7 @@ from typing import get_args
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lorafit.config import AdapterConfig, Compute, LoRA, Method, QALoRA, Scaling, TrainConfig
+from lorafit.config import AdapterConfig, Compute, LoRA, Memory, Method, QALoRA, Scaling, TrainConfig
 from lorafit.data.chat import Document, encode_all
 from lorafit.data.packing import hold_out
 from lorafit.data.preview import too_long
@@ -26,6 +26,7 @@ _CHOICES = {
     "method": (None, *get_args(Method)),
     "scaling": get_args(Scaling),
     "decay": ("cosine", "linear", "constant"),
+    "memory": get_args(Memory),
     "compute": get_args(Compute),
 }
 _ABOVE_ZERO = ("learning_rate", "epochs")

@@ -1,0 +1,53 @@
+"""What is kept for the backward pass changes memory, never a bit of the gradient."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from lorafit.config import AdapterConfig, LoRA, Memory, QALoRA, TrainConfig
+from lorafit.data.packing import split_passes
+from lorafit.models.load import load_base
+from lorafit.modules import attach
+from lorafit.objectives.sft import sft_loss
+from lorafit.training.loop import Trainer
+from tests.oracles.adapted import documents, fill
+from tests.oracles.tiny_gguf import write_tiny_llama
+
+LAYERS = 6
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_llama(tmp_path_factory.mktemp("tiny") / "tiny.gguf", hidden=128, layers=LAYERS).path
+
+
+def step(path: Path, adapter: AdapterConfig, memory: Memory) -> tuple[float, dict[str, Tensor], int]:
+    """Loss, gradients, and the bytes that were kept for the backward pass."""
+    model = load_base(path, compute="fp32").model
+    torch.manual_seed(0)
+    attach(model, adapter)
+    fill(model)
+    trainer = Trainer(model, sft_loss, TrainConfig("tiny", "rows", learning_rate=0.01, steps=1, memory=memory))
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        done = trainer.step(split_passes(documents([30, 12, 25]), 1000))
+    gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    return done.loss, gradients, sum(kept.values())
+
+
+@pytest.mark.parametrize("adapter", [LoRA(rank=4, dropout=0.2), QALoRA(rank=4)])
+def test_lowest_memory_gives_the_same_bits_and_keeps_less(path: Path, adapter: AdapterConfig) -> None:
+    loss, gradients, kept = step(path, adapter, "high")
+    same_loss, same_gradients, kept_less = step(path, adapter, "lowest")
+    assert same_loss == loss
+    assert same_gradients.keys() == gradients.keys()
+    assert all(torch.equal(same_gradients[name], gradient) for name, gradient in gradients.items())
+    # What stays is each layer's input and the loss's own; measured: 6% and 14%.
+    assert kept_less < kept / 4
