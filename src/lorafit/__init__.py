@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from lorafit.commands.train import train as train
     from lorafit.config import LoRA as LoRA
     from lorafit.config import QALoRA as QALoRA
+    from lorafit.config import QLoRA as QLoRA
     from lorafit.config import TrainConfig as TrainConfig
     from lorafit.models.load import load as load
     from lorafit.modules.attach import attach as attach
@@ -33,6 +34,7 @@ __version__ = "0.1.0.dev0"
 _HOME = {
     "LoRA": "lorafit.config",
     "QALoRA": "lorafit.config",
+    "QLoRA": "lorafit.config",
     "TrainConfig": "lorafit.config",
     "attach": "lorafit.modules.attach",
     "formats": None,
@@ -42,7 +44,7 @@ _HOME = {
     "train": "lorafit.commands.train",
 }
 
-__all__ = ["LoRA", "QALoRA", "TrainConfig", "__version__", "attach", "formats", "load", "merge", "nn", "train"]
+__all__ = ["LoRA", "QALoRA", "QLoRA", "TrainConfig", "__version__", "attach", "formats", "load", "merge", "nn", "train"]
 
 
 def __getattr__(name: str) -> Any:

@@ -14,7 +14,8 @@ from typing import Any, ClassVar, Literal
 
 from lorafit.errors import ConfigError, MissingFileError
 
-Method = Literal["lora", "qalora"]
+Method = Literal["lora", "qalora", "qlora"]
+Quantize = Literal["nf4", "fp4", "q4_1", "q5_1", "q8_0"]
 Compute = Literal["auto", "bf16", "fp32"]
 Memory = Literal["high", "lowest"]
 Scaling = Literal["standard", "rslora", "plain"]
@@ -54,6 +55,17 @@ class LoRA:
             "rslora": self.alpha / self.rank**0.5,
             "plain": self.alpha,
         }[self.scaling]
+
+
+@dataclass(frozen=True, kw_only=True)
+class QLoRA(LoRA):
+    """LoRA beside a quantised base (arXiv 2305.14314): the computation is LoRA's, over whatever the base is packed in.
+
+    Attributes:
+        rank: As for LoRA, and so are the others.
+    """
+
+    method: ClassVar[Method] = "qlora"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,12 +111,12 @@ class TrainConfig:
         model: A .gguf file, a Hugging Face directory, or ``smollm2-135m``.
         data: Training rows: a .jsonl file of {"messages": [...]} or {"prompt": ..., "completion": ...}.
         output: Directory of the run. [default: runs/MODEL-METHOD]
-        method: ``qalora`` merges into a 4-bit file without loss, ``lora`` keeps the adapter beside the base. By default
-            qalora where the base has block offsets, else lora.
+        method: ``qalora`` merges into a 4-bit file without loss, ``lora`` keeps the adapter beside the base, ``qlora``
+            is lora beside a quantised base. By default qalora where the base has block offsets, else lora.
         rank: Rank of the adapter.
         alpha: The adapter is scaled by alpha/rank.
-        scaling: ``standard`` is alpha/rank, ``rslora`` alpha/sqrt(rank), ``plain`` alpha. Only with --method lora.
-        dropout: Dropout on the adapter's input. Only with --method lora.
+        scaling: ``standard`` is alpha/rank, ``rslora`` alpha/sqrt(rank), ``plain`` alpha. Not with --method qalora.
+        dropout: Dropout on the adapter's input. Not with --method qalora.
         targets: Layers to adapt: ``all-linear``, or comma-separated names (q_proj,v_proj), or a regular expression.
         learning_rate: Peak learning rate. By default chosen by method and width of the model.
         steps: Optimiser steps; excludes --epochs.

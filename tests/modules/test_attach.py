@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from lorafit.config import AdapterConfig, LoRA, QALoRA
+from lorafit.config import AdapterConfig, LoRA, QALoRA, QLoRA
 from lorafit.errors import AdapterError, ConfigError
 from lorafit.models.load import load_base
 from lorafit.modules import PackedLinear, PackedWeight, adapter_modules, adapters_disabled, attach
@@ -162,6 +162,22 @@ def test_qalora_leaves_what_has_no_offsets_and_says_so(untied: TinyLlama, tmp_pa
             attach(base, QALoRA(rank=2))
     with pytest.raises(AdapterError, match=r"qalora \(not packed\)"):
         attach(untied.dense(), QALoRA(rank=2))
+
+
+def test_qlora_is_lora_beside_a_quantised_base(tied: TinyLlama, tmp_path: Path) -> None:
+    states = []
+    for config in (LoRA(rank=3, scaling="rslora"), QLoRA(rank=3, scaling="rslora")):
+        model = loaded(tied)
+        torch.manual_seed(0)
+        assert attach(model, config).method == config.method
+        for module in adapter_modules(model).values():
+            module.adapter_parameters()["lora_B"].data.normal_()
+        with torch.no_grad():
+            states.append(model(TOKENS).logits)
+    assert torch.equal(*states)
+    for base in (tied.dense(), loaded(write_tiny_llama(tmp_path / "half.gguf", format="F16"))):
+        with pytest.raises(AdapterError, match=r"no target layer is quantised: .*--quantize nf4"):
+            attach(base, QLoRA(rank=3))
 
 
 def test_any_module_can_be_adapted() -> None:

@@ -8,7 +8,8 @@ import pytest
 from lorafit.config import LoRA, QALoRA, TrainConfig
 from lorafit.data.chat import Document
 from lorafit.errors import ConfigError, DataError, MissingFileError
-from lorafit.models.load import Base, load_base
+from lorafit.models.base import Base
+from lorafit.models.load import load_base
 from lorafit.training import setup
 from lorafit.training.setup import Rows
 from tests.oracles.tiny_gguf import write_tiny_llama

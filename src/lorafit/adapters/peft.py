@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from lorafit.config import AdapterConfig, LoRA, QALoRA
+from lorafit.config import AdapterConfig, LoRA, QALoRA, QLoRA, Quantize
 from lorafit.containers.atomic import replacing, write_text
 from lorafit.errors import AdapterError, ConfigError, MissingFileError
 from lorafit.modules import AdapterModule, Coverage, QALoRALinear, adapter_modules, attach
@@ -57,11 +57,13 @@ class AdapterRecord:
         config: Method and settings.
         base: The base as the user named it.
         base_sha256: Its fingerprint; empty for an adapter that lorafit did not write.
+        quantize: What the base was quantised to while it was loaded.
     """
 
     config: AdapterConfig
     base: str
     base_sha256: str
+    quantize: Quantize | None = None
 
 
 def save_adapter(model: nn.Module, directory: str | Path, record: AdapterRecord) -> None:
@@ -83,6 +85,7 @@ def save_adapter(model: nn.Module, directory: str | Path, record: AdapterRecord)
         "config": asdict(record.config),
         "base": record.base,
         "base_sha256": record.base_sha256,
+        "quantize": record.quantize,
     }
     _write_tensors(directory / WEIGHTS_FILE, weights, {"format": "pt", "lorafit": json.dumps(note)})
     if isinstance(record.config, QALoRA):
@@ -110,8 +113,8 @@ def read_record(directory: str | Path) -> AdapterRecord:
     try:
         if note is None:
             return AdapterRecord(_foreign_config(fields), fields.get("base_model_name_or_path") or "", "")
-        kind = {"lora": LoRA, "qalora": QALoRA}[note["method"]]
-        record = AdapterRecord(kind(**note["config"]), note["base"], note["base_sha256"])
+        kind = {"lora": LoRA, "qlora": QLoRA, "qalora": QALoRA}[note["method"]]
+        record = AdapterRecord(kind(**note["config"]), note["base"], note["base_sha256"], note.get("quantize"))
     except ConfigError as error:
         raise AdapterError(f"{directory}: {error}") from None
     except (KeyError, TypeError, AttributeError):

@@ -31,7 +31,8 @@ from lorafit.containers.atomic import fingerprint
 from lorafit.containers.gguf import GGUFFile, TensorInfo
 from lorafit.errors import MergeError, MissingFileError
 from lorafit.formats import block_format, write_offsets
-from lorafit.models.load import Base, load_base
+from lorafit.models.base import Base
+from lorafit.models.load import load_base
 from lorafit.modules import QALoRALinear, adapter_modules
 
 _PIECE_BYTES = 1 << 16  # read at a time
@@ -142,7 +143,11 @@ def apply(plan: Plan, target: str | Path) -> None:
     Args:
         plan: What to write.
         target: The file to write.
+
+    Raises:
+        ModelError: The base was written to after it was loaded.
     """
+    plan.base.check_unchanged()
     # Not shutil.copyfile: when the disk is full, that names the source.
     with plan.base.path.open("rb") as source, Path(target).open("wb") as copy:
         shutil.copyfileobj(source, copy)

@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
+from lorafit.containers.stamp import take_stamp
 from lorafit.errors import ModelError
 from lorafit.models import keymap
+from lorafit.models.base import Base
 from lorafit.models.problems import raise_problems
 
 # Settings of config.json that change what a model computes or how it is stored, and that lorafit does not carry out.
@@ -26,19 +28,17 @@ _UNSUPPORTED = {
 }
 
 
-def load_directory(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_directory(path: Path, dtype: torch.dtype) -> Base:
     """Load a directory as transformers does.
 
     Args:
         path: With config.json, safetensors and a tokenizer.
         dtype: Type of all parameters.
 
-    Returns:
-        The model, frozen and in evaluation mode, and its tokenizer.
-
     Raises:
         ModelError: Something is missing, broken, or not what lorafit can use.
     """
+    stamp = take_stamp(path)
     config_file = path / "config.json"
     if not config_file.is_file():
         raise ModelError(f"{path} is neither a model nor a run: it has no config.json and no adapter/")
@@ -69,7 +69,7 @@ def load_directory(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, Pre
             tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         except Exception as error:
             raise ModelError(f"{path}: its tokenizer cannot be loaded: {_in_one_line(error)}") from error
-    return model.requires_grad_(False).eval(), tokenizer
+    return Base(model.requires_grad_(False).eval(), tokenizer, path, dtype, stamp)
 
 
 @contextmanager

@@ -6,7 +6,6 @@ layer and embedding of a GGUF file becomes a view of the mapped blocks.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,33 +15,16 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 from lorafit.adapters import load_adapter, read_record
 from lorafit.config import Compute
 from lorafit.containers.gguf import GGUFFile, TensorInfo
+from lorafit.containers.stamp import take_stamp
 from lorafit.errors import ContainerError, MissingFileError, ModelError
 from lorafit.formats import dequantize, finite
 from lorafit.models import keymap
+from lorafit.models.base import Base
 from lorafit.models.directory import load_directory
 from lorafit.models.problems import raise_problems
 from lorafit.models.pull import EMBEDDED, pull
 from lorafit.models.tokenizer import tokenizer_from_gguf
 from lorafit.modules import PackedEmbedding, PackedLinear, PackedWeight
-
-
-@dataclass(frozen=True)
-class Base:
-    """A loaded base model.
-
-    Attributes:
-        model: A transformers model in evaluation mode, frozen.
-        tokenizer: Its tokenizer, with the chat template.
-        path: The GGUF file or the directory that it came from.
-        compute: Arithmetic type.
-        licence: Its licence, as the file says.
-    """
-
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    path: Path
-    compute: torch.dtype
-    licence: str = "not stated"
 
 
 def load(model: str | Path, *, compute: Compute = "auto") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -86,12 +68,13 @@ def load_base(model: str | Path, *, compute: Compute = "auto") -> Base:
     dtype = compute_dtype(compute)
     _settle_sines()
     if path.is_dir():
-        return Base(*load_directory(path, dtype), path, dtype)
+        return load_directory(path, dtype)
+    stamp = take_stamp(path)
     file = GGUFFile.open(path)
     licence = str(file.metadata.get("general.license", "not stated"))
     keymap.family_of(file.metadata.get("general.architecture"), str(path))  # of an unknown one, read nothing else
     tokenizer = tokenizer_from_gguf(file)
-    return Base(_model_from_gguf(file, tokenizer, dtype), tokenizer, path, dtype, licence)
+    return Base(_model_from_gguf(file, tokenizer, dtype), tokenizer, path, dtype, stamp, licence)
 
 
 def compute_dtype(compute: Compute) -> torch.dtype:

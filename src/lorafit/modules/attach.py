@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from lorafit.config import AdapterConfig, QALoRA
+from lorafit.config import AdapterConfig, QALoRA, QLoRA
 from lorafit.errors import AdapterError, ConfigError
 from lorafit.formats import block_format
 from lorafit.modules.adapter import AdapterModule, adapter_modules
@@ -22,7 +22,7 @@ class Coverage:
     """Which layers an adapter covers.
 
     Attributes:
-        method: ``lora`` or ``qalora``.
+        method: ``lora``, ``qlora`` or ``qalora``.
         wrapped: Full name -> number of trained parameters.
         frozen: Full name of a linear layer or embedding that is left as it is -> why.
         formats: Full name -> block format or dtype of the frozen weight, for all of them.
@@ -79,6 +79,11 @@ def attach(model: nn.Module, config: AdapterConfig) -> Coverage:
         raise AdapterError(
             f"no target layer can take {config.method} ({frozen[chosen[0]]}): QA-LoRA trains the offsets of packed "
             "blocks such as Q4_1's; use --method lora for this base"
+        )
+    if isinstance(config, QLoRA) and not any(_is_quantized(layers[name]) for name in suited):
+        raise AdapterError(
+            "qlora trains beside a quantised base, but no target layer is quantised: quantise the base while it is "
+            "loaded (--quantize nf4), or use --method lora"
         )
     total = count_parameters(model)
     formats = {name: _format_of(layer) for name, layer in (embeddings | layers).items()}
@@ -142,6 +147,10 @@ def _why_unsuited(layer: nn.Module, config: AdapterConfig) -> str | None:
     if block_format(layer.packed.format_name).offset_at is None:
         return f"{layer.packed.format_name} has no block offsets"
     return None
+
+
+def _is_quantized(layer: nn.Module) -> bool:
+    return isinstance(layer, PackedLinear) and block_format(layer.packed.format_name).elements > 1
 
 
 def _format_of(layer: nn.Module) -> str:

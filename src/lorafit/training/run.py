@@ -20,9 +20,10 @@ from lorafit.adapters import AdapterRecord, save_adapter
 from lorafit.config import TrainConfig
 from lorafit.containers.atomic import fingerprint
 from lorafit.data.packing import pack, split_passes
-from lorafit.errors import ConfigError, TrainingError
+from lorafit.errors import ConfigError, LorafitError, TrainingError
 from lorafit.evaluation.loss import Metrics, evaluate
-from lorafit.models.load import Base, load_base
+from lorafit.models.base import Base
+from lorafit.models.load import load_base
 from lorafit.modules import attach
 from lorafit.modules.qalora import offsets_held
 from lorafit.objectives.sft import sft_loss
@@ -135,7 +136,7 @@ class Run:
         except TrainingError:
             # The step that failed changed nothing. What it started from is worth keeping unless it was spoiled before.
             if self.trainer.done:
-                with suppress(TrainingError):
+                with suppress(LorafitError):
                     self.save()
             raise
 
@@ -144,7 +145,9 @@ class Run:
 
         Raises:
             TrainingError: The model gives no finite loss any more.
+            ModelError: The base was written to, so that this is no state of any model.
         """
+        self.base.check_unchanged()
         document = self.data.training[0]
         loss = evaluate(self.base.model, [pack([document])]).loss
         if not math.isfinite(loss):
@@ -156,7 +159,9 @@ class Run:
 
         Raises:
             TrainingError: The tuned model gives no finite loss, or the base has changed meanwhile.
+            ModelError: The base was written to.
         """
+        self.base.check_unchanged()
         base, directory = self.base, self.directory
         # What is measured is, to the bit, what is saved.
         with offsets_held(base.model):

@@ -12,7 +12,7 @@ from typing import get_args
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lorafit.config import AdapterConfig, Compute, LoRA, Memory, Method, QALoRA, Scaling, TrainConfig
+from lorafit.config import AdapterConfig, Compute, LoRA, Memory, Method, QALoRA, QLoRA, Scaling, TrainConfig
 from lorafit.data.chat import Document, encode_all
 from lorafit.data.packing import hold_out
 from lorafit.data.preview import too_long
@@ -211,15 +211,16 @@ def adapter_config(config: TrainConfig, method: Method) -> AdapterConfig:
     Raises:
         ConfigError: A setting is out of range, or has no effect with this method.
     """
-    if method == "lora":
-        return LoRA(
+    if method != "qalora":
+        kind = QLoRA if method == "qlora" else LoRA
+        return kind(
             rank=config.rank,
             alpha=config.alpha,
             scaling=config.scaling,
             dropout=config.dropout,
             targets=config.targets,
         )
-    _refuse_idle(config, ("dropout", "scaling"), "with --method qalora, only with --method lora")
+    _refuse_idle(config, ("dropout", "scaling"), "with --method qalora, only with lora and qlora")
     return QALoRA(rank=config.rank, alpha=config.alpha, targets=config.targets)
 
 

@@ -42,7 +42,7 @@ class Summary:
         model: The base as it was named.
         base_sha256: Its fingerprint.
         licence: Licence of the base, as its file says.
-        method: ``lora`` or ``qalora``.
+        method: ``lora``, ``qlora`` or ``qalora``.
         trainable_parameters: Parameters that were trained.
         total_parameters: Parameters of the base.
         steps: Optimiser steps.

@@ -1,0 +1,65 @@
+"""A base that somebody writes to while it is in use: no checkpoint, no adapter and no merged file comes of it."""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from lorafit import merging
+from lorafit.commands.console import Console
+from lorafit.commands.train import train
+from lorafit.config import TrainConfig
+from lorafit.errors import ModelError
+from tests.commands.conftest import ROWS
+from tests.merging.runs import write_run
+from tests.oracles.tiny_gguf import write_tiny_llama
+
+
+class Touching(Console):
+    """Says nothing, and touches a file when a line begins with certain words."""
+
+    def __init__(self, words: str, path: str) -> None:
+        super().__init__(quiet=True)
+        self.words, self.path = words, Path(path)
+
+    def print(self, text: str = "", *, style: str | None = None) -> None:
+        if text.startswith(self.words):
+            at = self.path.stat().st_mtime_ns
+            os.utime(self.path, ns=(at, at + 1))
+
+
+@pytest.fixture
+def config(data: str, tmp_path: Path) -> TrainConfig:
+    write_tiny_llama(tmp_path / "tiny.gguf", layers=1, context=128)
+    return TrainConfig(
+        str(tmp_path / "tiny.gguf"), data, output=str(tmp_path / "run"), method="qalora", rank=2, steps=4,
+        batch_size=len(ROWS), checkpoint_every=1, no_eval=True, samples=3,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("words", "kept"), [("training 2/4", 2), ("training 4/4", 4)])
+def test_training_stops_at_the_last_checkpoint_before(config: TrainConfig, words: str, kept: int) -> None:
+    model, run = Path(config.model), Path(str(config.output))
+    at = model.stat().st_mtime_ns
+    with pytest.raises(ModelError, match=r"tiny\.gguf changed after it was loaded .* put the original back"):
+        train(config, console=Touching(words, config.model))
+    assert [path.name for path in (run / "checkpoints").iterdir()] == [f"step-{kept}"]
+    assert not (run / "adapter").exists()
+    assert not (run / "summary.json").exists()
+    os.utime(model, ns=(at, at))
+    summary = train(config, resume=True)
+    whole = train(replace(config, output=f"{run}-whole"))
+    files = ("adapter_model.safetensors", "qalora_offsets.safetensors")
+    for file in files:
+        assert (run / "adapter" / file).read_bytes() == Path(whole.output, "adapter", file).read_bytes()
+    assert summary.steps == 4
+
+
+def test_nothing_is_merged_into_it(config: TrainConfig, tmp_path: Path) -> None:
+    path = Path(config.model)
+    plan = merging.plan(write_run(tmp_path / "merged", path))
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ModelError, match="changed after it was loaded"):
+        merging.apply(plan, tmp_path / "out.gguf")
+    assert not (tmp_path / "out.gguf").exists()
