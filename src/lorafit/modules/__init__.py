@@ -2,15 +2,21 @@
 
 from lorafit.modules.adapter import AdapterModule, adapter_modules, adapters_disabled
 from lorafit.modules.attach import Coverage, attach
+from lorafit.modules.experts import DenseExperts, Experts, PackedExperts
 from lorafit.modules.lora import LoRALinear
+from lorafit.modules.lora_experts import LoRAExperts
 from lorafit.modules.packed import PackedEmbedding, PackedLinear, PackedWeight
 from lorafit.modules.qalora import QALoRALinear
 
 __all__ = [
     "AdapterModule",
     "Coverage",
+    "DenseExperts",
+    "Experts",
+    "LoRAExperts",
     "LoRALinear",
     "PackedEmbedding",
+    "PackedExperts",
     "PackedLinear",
     "PackedWeight",
     "QALoRALinear",

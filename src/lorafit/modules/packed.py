@@ -18,7 +18,7 @@ from lorafit import kernels
 from lorafit.formats import block_format
 
 # A weight is read once by the fused kernel, and re-read for every token; unpacking pays from about this many tokens on.
-_FUSED_TOKENS = 4
+FUSED_TOKENS = 4
 
 _scratch = threading.local()
 
@@ -89,7 +89,7 @@ class PackedWeight(nn.Module):
     def product(self, x: Tensor, offsets: Tensor | None = None) -> Tensor:
         """x·Wᵀ without a gradient: [..., in_dim] -> [..., out_dim]."""
         flat = x.reshape(-1, x.shape[-1])
-        if flat.shape[0] <= _FUSED_TOKENS and kernels.fuses_linear(self.blocks, self.format_name):
+        if flat.shape[0] <= FUSED_TOKENS and kernels.fuses_linear(self.blocks, self.format_name):
             result = kernels.linear(
                 flat, self.blocks, self.format_name, rows=self.rows, offsets=offsets, constants=self.constants
             )
@@ -164,9 +164,10 @@ def frozen_weight(layer: nn.Module, dtype: torch.dtype) -> Tensor:
 
 
 def linear_shape(layer: nn.Module) -> tuple[int, int]:
-    """(out_dim, in_dim) of a packed or ordinary linear layer."""
-    assert isinstance(layer, PackedLinear | nn.Linear)
-    return layer.out_features, layer.in_features
+    """(out_dim, in_dim) of a linear layer, packed or ordinary, or of each matrix in a stack of experts."""
+    out_dim, in_dim = layer.out_features, layer.in_features
+    assert isinstance(out_dim, int) and isinstance(in_dim, int)
+    return out_dim, in_dim
 
 
 def is_linear(layer: nn.Module) -> bool:

@@ -1,0 +1,269 @@
+"""Mixture-of-experts layers whose experts stay packed.
+
+A router sends each token to k of E experts, each a gated MLP of its own, and adds up what they say (Qwen3-MoE, arXiv
+2505.09388, after arXiv 2401.06066):
+
+    y = Σₑ wₑ · Dₑ (act(Gₑ x) ∘ Uₑ x)        over the k experts e of the token x
+
+transformers fuses the experts of a layer into two tensors, ``gate_up_proj`` [E, 2I, H], in which G stands above U, and
+``down_proj`` [E, H, I]. GGUF keeps three: ``ffn_gate_exps`` and ``ffn_up_exps`` [E, I, H], ``ffn_down_exps`` [E, H, I].
+Here each of transformers' two tensors is a stack of matrices, a module, and so what an adapter can stand in for.
+
+A *pair* is a token and one of its experts. Pairs are sorted by expert; then each expert that has any is unpacked once,
+multiplied with its tokens, and forgotten, in the backward pass again. Nothing of the size [pairs, H], which is k times
+that of the hidden states, is ever made: ``gate_up_proj`` takes its rows from the tokens expert by expert, ``down_proj``
+adds its rows to the tokens likewise. For that the router's weight w goes to the input of D, which is linear, so that
+its gradient needs no output of D either.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from lorafit import kernels
+from lorafit.modules.packed import FUSED_TOKENS, PackedWeight, scratch
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Which tokens go to which experts.
+
+    Attributes:
+        order: int64 [pairs]; the pairs sorted by expert, as numbers token·k + place among the token's experts.
+        tokens: int64 [pairs]; the token of each, in this order.
+        groups: The experts that have tokens, each with the range of its pairs.
+        token_count: Number of tokens.
+    """
+
+    order: Tensor
+    tokens: Tensor
+    groups: tuple[tuple[int, slice], ...]
+    token_count: int
+
+    @classmethod
+    def of(cls, top_k_index: Tensor, experts: int) -> Routing:
+        """From the experts of each token, int64 [tokens, k]."""
+        chosen = top_k_index.reshape(-1)
+        order = chosen.argsort(stable=True)
+        groups, start = [], 0
+        for expert, count in enumerate(chosen.bincount(minlength=experts).tolist()):
+            if count:
+                groups.append((expert, slice(start, start + count)))
+            start += count
+        assert not groups or groups[-1][0] < experts, "the router knows its experts"
+        return cls(order, order // top_k_index.shape[1], tuple(groups), len(top_k_index))
+
+    def rows(self, x: Tensor, pairs: slice, *, sums: bool) -> Tensor:
+        """Rows of some pairs, of what goes into a product: it has a row for each pair if that sums, else per token."""
+        return x[pairs] if sums else x[self.tokens[pairs]]
+
+    def apply(self, product: Callable[[Tensor, int, slice], Tensor], x: Tensor, width: int, *, sums: bool) -> Tensor:
+        """Every expert's product with its rows, expert by expert.
+
+        Args:
+            product: Takes rows [n, in_dim], the number of the expert, and the range of the pairs that the rows stand
+                for; gives [n, width].
+            x: [pairs, in_dim] if ``sums``, else [tokens, in_dim].
+            width: Width of what an expert gives.
+            sums: Whether results are added up over the experts of a token, in at least float32.
+
+        Returns:
+            [tokens, width] if ``sums``, else [pairs, width], in the type of ``x``.
+        """
+        if sums:
+            results = x.new_zeros(self.token_count, width, dtype=torch.promote_types(x.dtype, torch.float32))
+        else:
+            results = x.new_empty(len(self.tokens), width)
+        for expert, pairs in self.groups:
+            rows = product(self.rows(x, pairs, sums=sums), expert, pairs)
+            if sums:
+                results.index_add_(0, self.tokens[pairs], rows.to(results.dtype))
+            else:
+                results[pairs] = rows
+        return results.to(x.dtype)
+
+
+class ExpertStack(nn.Module, ABC):
+    """One frozen matrix [out_dim, in_dim] for each expert of a layer, and the product with all of them.
+
+    Args:
+        experts: Number of experts E.
+        out_features: Width of what an expert gives.
+        in_features: Width of what an expert takes.
+        sums: Whether results are added up over the experts of a token, [pairs, in_dim] -> [tokens, out_dim];
+            otherwise an expert takes its tokens' rows, [tokens, in_dim] -> [pairs, out_dim].
+    """
+
+    def __init__(self, experts: int, out_features: int, in_features: int, *, sums: bool) -> None:
+        super().__init__()
+        self.experts = experts
+        self.out_features = out_features
+        self.in_features = in_features
+        self.sums = sums
+
+    @property
+    @abstractmethod
+    def format_name(self) -> str:
+        """What the weights are packed in, or their type."""
+
+    @abstractmethod
+    def dense(self, expert: int, dtype: torch.dtype) -> Tensor:
+        """An expert's matrix [out_dim, in_dim], valid until the next one is asked for."""
+
+    def product(self, x: Tensor, expert: int, routing: Routing) -> Tensor:
+        """x·Wᵀ for the matrix of an expert, without a gradient: [n, in_dim] -> [n, out_dim]."""
+        return x @ self.dense(expert, x.dtype).T
+
+    def forward(self, x: Tensor, routing: Routing) -> Tensor:
+        if torch.is_grad_enabled() and x.requires_grad:
+            return _FrozenExperts.apply(x, self, routing)
+
+        def product(rows: Tensor, expert: int, _: slice) -> Tensor:
+            return self.product(rows, expert, routing)
+
+        return routing.apply(product, x, self.out_features, sums=self.sums)
+
+    def extra_repr(self) -> str:
+        return f"experts={self.experts}, out_features={self.out_features}, in_features={self.in_features}"
+
+
+class PackedExperts(ExpertStack):
+    """Experts over packed blocks, a matrix being made of one or more tensors of the file, one above the other.
+
+    Args:
+        parts: The tensors, each with the rows of its first expert, then those of the second, and so on.
+        experts: Number of experts.
+        sums: See ``ExpertStack``.
+    """
+
+    def __init__(self, parts: Sequence[PackedWeight], experts: int, *, sums: bool) -> None:
+        rows, widths = [part.shape[0] for part in parts], {part.shape[1] for part in parts}
+        assert len(widths) == 1 and not any(count % experts for count in rows), "equally many rows for each expert"
+        assert all(part.rows is None for part in parts), "an expert's rows are taken as they lie"
+        super().__init__(experts, sum(rows) // experts, widths.pop(), sums=sums)
+        self.parts = nn.ModuleList(parts)
+
+    @property
+    def format_name(self) -> str:
+        return "+".join(dict.fromkeys(part.format_name for part in self._parts()))
+
+    def dense(self, expert: int, dtype: torch.dtype) -> Tensor:
+        out = scratch((self.out_features, self.in_features), dtype, self._parts()[0].blocks.device)
+        heights = [part.shape[0] // self.experts for part in self._parts()]
+        for part, piece in zip(self._parts(), out.split(heights), strict=True):
+            blocks, rows = self._rows(part, expert)
+            kernels.dequantize(blocks, part.format_name, dtype, rows=rows, constants=part.constants, out=piece)
+        return out
+
+    def product(self, x: Tensor, expert: int, routing: Routing) -> Tensor:
+        # By the number of all tokens: in a longer text an expert that gets few is to compute as it does in training.
+        few = routing.token_count <= FUSED_TOKENS
+        if not few or not all(kernels.fuses_linear(part.blocks, part.format_name) for part in self._parts()):
+            return super().product(x, expert, routing)
+        results = []
+        for part in self._parts():
+            blocks, rows = self._rows(part, expert)
+            results.append(kernels.linear(x, blocks, part.format_name, rows=rows, constants=part.constants))
+        return torch.cat(results, dim=-1)
+
+    def _parts(self) -> list[PackedWeight]:
+        return list(self.parts)  # type: ignore[arg-type]
+
+    def _rows(self, part: PackedWeight, expert: int) -> tuple[Tensor, Tensor | None]:
+        """An expert's blocks, and its rows in them; constants go by a block's number in the whole tensor."""
+        height = part.shape[0] // self.experts
+        first, end = expert * height, (expert + 1) * height
+        if part.constants is None:
+            return part.blocks[first:end], None
+        return part.blocks, torch.arange(first, end, device=part.blocks.device)
+
+
+class DenseExperts(ExpertStack):
+    """Experts of a base that is not packed.
+
+    Args:
+        weight: [E, out_dim, in_dim].
+        sums: See ``ExpertStack``.
+    """
+
+    def __init__(self, weight: nn.Parameter, *, sums: bool) -> None:
+        super().__init__(*weight.shape, sums=sums)
+        self.weight = weight
+
+    @property
+    def format_name(self) -> str:
+        return str(self.weight.dtype).removeprefix("torch.")
+
+    def dense(self, expert: int, dtype: torch.dtype) -> Tensor:
+        return self.weight[expert].to(dtype)
+
+
+class _FrozenExperts(torch.autograd.Function):
+    """The products with frozen matrices, unpacked in the forward pass and again in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, stack: ExpertStack, routing: Routing) -> Tensor:
+        def product(rows: Tensor, expert: int, _: slice) -> Tensor:
+            return rows @ stack.dense(expert, rows.dtype).T
+
+        ctx.stack, ctx.routing = stack, routing
+        return routing.apply(product, x, stack.out_features, sums=stack.sums)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        stack = ctx.stack
+
+        def product(dy: Tensor, expert: int, _: slice) -> Tensor:
+            return dy @ stack.dense(expert, dy.dtype)
+
+        # What was taken from the tokens is added to them, and the other way round.
+        return ctx.routing.apply(product, grads[0], stack.in_features, sums=not stack.sums), None, None
+
+
+class Experts(nn.Module):
+    """Stands where transformers' fused experts stood, and computes what they compute.
+
+    Args:
+        gate_up_proj: G above U, [E, 2I, H].
+        down_proj: D, [E, H, I].
+        activation: What is applied to G x.
+    """
+
+    def __init__(
+        self, gate_up_proj: ExpertStack, down_proj: ExpertStack, activation: Callable[[Tensor], Tensor]
+    ) -> None:
+        super().__init__()
+        assert down_proj.sums and not gate_up_proj.sums and gate_up_proj.out_features == 2 * down_proj.in_features
+        self.experts = gate_up_proj.experts
+        self.gate_up_proj: nn.Module = gate_up_proj
+        self.down_proj: nn.Module = down_proj
+        self.act_fn = activation
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """What the experts of each token say, added up.
+
+        Args:
+            hidden_states: [tokens, H].
+            top_k_index: The experts of each token, int64 [tokens, k].
+            top_k_weights: The weights of each, [tokens, k].
+
+        Returns:
+            [tokens, H].
+        """
+        routing = Routing.of(top_k_index, self.experts)
+        gate_up = self.gate_up_proj(hidden_states, routing)
+        weights = top_k_weights.reshape(-1)[routing.order, None].to(gate_up.dtype)
+        # What lies between two products is computed again in the backward pass: of four tensors, two are kept.
+        gated = checkpoint(self._gate, gate_up, weights, use_reentrant=False, preserve_rng_state=False)
+        return self.down_proj(gated, routing)
+
+    def _gate(self, gate_up: Tensor, weights: Tensor) -> Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        return self.act_fn(gate) * up * weights
