@@ -8,8 +8,10 @@ import pytest
 
 from lorafit.errors import ModelError
 from lorafit.models import keymap
+from lorafit.models.configuration import config_fields
 from tests.oracles.llama_gguf import random_llama, row_in_file
 
+LLAMA = keymap.family_of_model("llama", "here")
 GOOD: dict[str, Any] = {
     "general.architecture": "llama",
     "llama.block_count": 2,
@@ -29,7 +31,8 @@ def test_names_are_those_of_the_converter() -> None:
     for hf_name, _ in model.named_parameters():
         gguf_name = names.get_name(hf_name, try_suffixes=(".weight", ".bias"))
         assert gguf_name is not None
-        assert keymap.hf_name(gguf_name) == hf_name
+        assert keymap.hf_name(gguf_name, LLAMA) == hf_name
+        assert keymap.gguf_name(hf_name, LLAMA) == gguf_name
 
 
 @pytest.mark.parametrize(
@@ -40,23 +43,22 @@ def test_names_are_those_of_the_converter() -> None:
     ],
 )
 def test_other_names_have_no_counterpart(name: str) -> None:
-    assert keymap.hf_name(name) is None
+    assert keymap.hf_name(name, LLAMA) is None
 
 
 def test_rows_of_queries_and_keys_move_and_no_others() -> None:
     model = random_llama(head_dim=24, num_attention_heads=6, num_key_value_heads=2, hidden_size=96)
-    family = keymap.family_of("llama", "here")
     for name, heads in (("attn_q", 6), ("attn_k", 2)):
         for kind in ("weight", "bias"):
-            order = keymap.row_order(f"blk.1.{name}.{kind}", family, model.config)
+            order = keymap.row_order(f"blk.1.{name}.{kind}", LLAMA, model.config)
             assert order is not None
             assert order.tolist() == [row_in_file(row, 24) for row in range(heads * 24)]
     for name in ("blk.1.attn_v.weight", "blk.1.attn_output.weight", "token_embd.weight", "output_norm.weight"):
-        assert keymap.row_order(name, family, model.config) is None
+        assert keymap.row_order(name, LLAMA, model.config) is None
 
 
 def test_configuration_of_a_plain_model() -> None:
-    assert keymap.config_fields(GOOD, "here") == {
+    assert config_fields(GOOD, "here") == {
         **{"num_hidden_layers": 2, "max_position_embeddings": 128, "hidden_size": 64, "intermediate_size": 96},
         **{"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "rms_norm_eps": 1e-5},
         "rope_parameters": {"rope_type": "default", "rope_theta": 5e5},
@@ -65,7 +67,7 @@ def test_configuration_of_a_plain_model() -> None:
 
 def fields_with(changes: dict[str, Any]) -> dict[str, Any]:
     metadata = GOOD | {f"llama.{key}": value for key, value in changes.items()}
-    return keymap.config_fields({key: value for key, value in metadata.items() if value is not None}, "here")
+    return config_fields({key: value for key, value in metadata.items() if value is not None}, "here")
 
 
 def test_what_may_be_left_out() -> None:
@@ -120,7 +122,8 @@ def test_rotary_scaling_as_llama_cpp_reads_it(scaling: dict[str, Any], expected:
         ({"rope.freq_base": float("inf")}, "rope.freq_base is inf"),
         ({"rope.freq_base": -1.0}, "rope.freq_base is -1.0"),
         ({"rope.freq_base": [1.0]}, "rope.freq_base is a list"),
-        ({"rope.scaling.type": "yarn"}, "rotary scaling 'yarn' is not supported"),
+        ({"rope.scaling.type": "dynamic"}, "rotary scaling 'dynamic' is not supported"),
+        ({"rope.scaling.type": "longrope"}, "the tensor rope_factors_long.weight is missing"),
         ({"rope.scaling.type": 7}, "rotary scaling '7' is not supported"),
         ({"rope.scaling.type": np.array([1, 2])}, "rotary scaling"),
         ({"rope.scaling.factor": 0.0}, "rope.scaling.factor is 0.0"),
@@ -139,5 +142,5 @@ def test_what_no_model_has_is_refused(changes: dict[str, Any], message: str) -> 
 @pytest.mark.parametrize("architecture", ["qwen9", None, 7, "x" * 10_000, ["llama"], np.array([1, 2])])
 def test_unknown_architectures_name_the_known_ones(architecture: object) -> None:
     with pytest.raises(ModelError, match=r"here: the architecture .* is not supported; lorafit knows llama") as caught:
-        keymap.config_fields({"general.architecture": architecture}, "here")
+        config_fields({"general.architecture": architecture}, "here")
     assert len(str(caught.value)) < 200

@@ -233,7 +233,7 @@ def test_a_token_that_the_model_lacks_is_an_error(tiny: TinyLlama) -> None:
         ({"metadata": {"llama.block_count": 10**9}}, "claims 1000000000 layers, but holds 21 tensors"),
         ({"metadata": {"llama.feed_forward_length": 95}}, r"ffn_down.weight has the shape \[64, 96\], not \[64, 95\]"),
         ({"metadata": {"llama.embedding_length": 2**30}}, "token_embd.weight has the shape"),
-        ({"metadata": {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0}}, "scaling 'yarn'"),
+        ({"metadata": {"llama.rope.scaling.type": "dynamic", "llama.rope.scaling.factor": 4.0}}, "scaling 'dynamic'"),
         ({"metadata": {"llama.expert_count": 8}}, "mixture-of-experts"),
         ({"tensors": {"token_embd.weight": None}}, "token_embd.weight is missing"),
         ({"tensors": {"output_norm.weight": None, "blk.0.attn_q.weight": None}}, "q_proj.weight is missing; .*norm"),

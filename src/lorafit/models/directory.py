@@ -48,7 +48,7 @@ def load_directory(path: Path, dtype: torch.dtype) -> Base:
         fields = None
     if not isinstance(fields, dict):
         raise ModelError(f"{config_file} is not a JSON object")
-    keymap.family_of(fields.get("model_type"), str(path))
+    keymap.family_of_model(fields.get("model_type"), str(path))
     for name, why in _UNSUPPORTED.items():
         if fields.get(name):
             raise ModelError(f"{config_file} sets {name}: {why}")
@@ -58,7 +58,7 @@ def load_directory(path: Path, dtype: torch.dtype) -> Base:
         try:
             # Differences of shape are let through, to be reported below together with all others.
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                path, dtype=dtype, attn_implementation="sdpa", use_safetensors=True, trust_remote_code=False,
+                path, dtype=dtype, use_safetensors=True, trust_remote_code=False,
                 ignore_mismatched_sizes=True, output_loading_info=True,
             )  # fmt: skip
         except Exception as error:  # of many kinds: transformers', safetensors', Python's

@@ -142,17 +142,22 @@ class PackedEmbedding(nn.Module):
         packed: The table, [vocabulary, dim].
         dtype: Type of the result.
         padding_idx: Kept for those who ask an embedding for it; it has no effect on a frozen table.
+        scale: What rows are multiplied by; rounded to ``dtype``, as transformers' Gemma does.
     """
 
-    def __init__(self, packed: PackedWeight, dtype: torch.dtype, padding_idx: int | None = None) -> None:
+    def __init__(
+        self, packed: PackedWeight, dtype: torch.dtype, padding_idx: int | None = None, scale: float = 1.0
+    ) -> None:
         super().__init__()
         self.packed = packed
         self.dtype = dtype
         self.padding_idx = padding_idx
+        self.scale = scale
         self.num_embeddings, self.embedding_dim = packed.shape
 
     def forward(self, ids: Tensor) -> Tensor:
-        return self.packed.take(ids.reshape(-1), self.dtype).view(*ids.shape, self.embedding_dim)
+        rows = self.packed.take(ids.reshape(-1), self.dtype).view(*ids.shape, self.embedding_dim)
+        return rows if self.scale == 1.0 else rows * torch.tensor(self.scale, dtype=self.dtype, device=rows.device)
 
 
 def frozen_weight(layer: nn.Module, dtype: torch.dtype) -> Tensor:

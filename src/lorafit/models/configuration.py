@@ -1,0 +1,88 @@
+"""transformers' configuration from a GGUF file's metadata, by the family's table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from lorafit.errors import ModelError
+from lorafit.models.families import REQUIRED, Entry, Family
+from lorafit.models.keymap import family_of_file
+from lorafit.models.metadata import Metadata
+from lorafit.models.rotary import rope_parameters
+
+
+def config_fields(values: Mapping[str, Any], where: str, factors: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
+    """What transformers' configuration needs, from a GGUF file's metadata.
+
+    Args:
+        values: The file's metadata.
+        where: What messages start with.
+        factors: The tensors of the file that go into the rotary embedding.
+
+    Raises:
+        ModelError: A key is missing or has an impossible value, or the file uses a feature that is not supported.
+    """
+    family = family_of_file(values, where)
+    metadata = Metadata(values, family.architecture, where)
+    fields: dict[str, Any] = {}
+    for name, entry in family.config.items():
+        fields[name] = _number(metadata, entry, fields)
+    _check_heads(metadata, family, fields)
+    fields["rope_parameters"] = rope_parameters(metadata, family, fields, factors or {})
+    if family.partial_rotary:  # transformers' Phi-3 wants it twice
+        fields["original_max_position_embeddings"] = fields["rope_parameters"].get(
+            "original_max_position_embeddings", fields["max_position_embeddings"]
+        )
+    if family.window_period:
+        fields |= _windows(metadata, family.window_period, fields)
+    for name, derive in family.derived.items():
+        fields[name] = derive(fields)
+    experts = metadata.raw("expert_count")
+    if "num_experts" not in fields and not (experts is None or (isinstance(experts, int) and experts == 0)):
+        raise ModelError(f"{where}: mixture-of-experts models of the {family.architecture} family are not supported")
+    metadata.check_rest()
+    return fields
+
+
+def _number(metadata: Metadata, entry: Entry, fields: Mapping[str, Any]) -> Any:
+    default = entry.default
+    if default is REQUIRED:
+        return metadata.get(entry.key, entry.kind)
+    if callable(default):
+        default = default(fields)
+    return metadata.get(entry.key, entry.kind, default, zero=entry.zero, optional=default is None)
+
+
+def _check_heads(metadata: Metadata, family: Family, fields: Mapping[str, Any]) -> None:
+    width, heads, key_heads = (fields[f] for f in ("hidden_size", "num_attention_heads", "num_key_value_heads"))
+    where, prefix = metadata.where, metadata.prefix
+    if width % heads or heads % key_heads:
+        raise ModelError(f"{where}: {heads} attention heads cannot share {width} dimensions and {key_heads} key heads")
+    size = fields["head_dim"]
+    if size % 2 or (size != width // heads and not family.own_head_dim):
+        raise ModelError(f"{where}: heads of {size} dimensions are not supported in this family")
+    if metadata.get("attention.value_length", int, size) != size:
+        said = f"{prefix}attention.value_length = {metadata.get('attention.value_length', int)}"
+        raise ModelError(f"{where}: heads of {size} dimensions with {said} are not supported")
+
+
+def _windows(metadata: Metadata, period: int, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Which layers see how far: the last of every ``period`` layers sees everything."""
+    layers, window = fields["num_hidden_layers"], fields["sliding_window"]
+    pattern = metadata.raw("attention.sliding_window_pattern")
+    if pattern is None or type(pattern) is int:
+        period = period if pattern is None else pattern
+        windowed = [period == 0 or (i + 1) % period != 0 for i in range(layers)]
+    elif isinstance(pattern, np.ndarray) and len(pattern) >= layers:
+        windowed = [bool(flag) for flag in pattern[:layers]]
+    else:
+        key = f"{metadata.prefix}attention.sliding_window_pattern"
+        raise ModelError(f"{metadata.where}: {key} is neither a number nor a list for {layers} layers")
+    if window is None:  # transformers wants a number even where no layer has a window
+        window, windowed = fields["max_position_embeddings"], [False] * layers
+    types = ["sliding_attention" if flag else "full_attention" for flag in windowed]
+    return {"sliding_window": window, "layer_types": types}

@@ -1,0 +1,222 @@
+"""Tiny random models of every family, and their GGUF files, written by gguf-py and none of lorafit's tables.
+
+Names of tensors come from gguf-py's own map, metadata go through its named methods, and what llama.cpp's converter does
+to a family's weights (rows of rotated projections that move, Gemma's norms that are stored as factors) is done here one
+by one. So these files say what llama.cpp expects, and a mistake in lorafit's tables cannot hide in them.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from tests.oracles.llama_gguf import row_in_file
+from tests.oracles.tiny_gguf import SPECIAL_TOKENS, _add_tokenizer
+
+VOCAB = len(SPECIAL_TOKENS) + 256 + 5
+WINDOW = 8  # of the families that have one: tests use longer documents
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a family's tiny model and its file are made of.
+
+    Attributes:
+        model_type: In transformers.
+        architecture: In gguf-py.
+        config: Fields of its configuration beyond the common ones.
+        permuted: Whether the converter moves the rows of queries and keys.
+        norms_plus_one: Whether the converter adds one to norms.
+        write: Writes the metadata that only this family has.
+    """
+
+    model_type: str
+    architecture: gguf.MODEL_ARCH
+    config: Mapping[str, Any] = field(default_factory=dict)
+    permuted: bool = False
+    norms_plus_one: bool = False
+    write: Callable[[gguf.GGUFWriter, Any], None] = lambda writer, config: None
+
+
+def _write_gemma2(writer: gguf.GGUFWriter, config: Any) -> None:
+    writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
+    writer.add_final_logit_softcapping(config.final_logit_softcapping)
+    writer.add_sliding_window(config.sliding_window)
+
+
+def _write_gemma3(writer: gguf.GGUFWriter, config: Any) -> None:
+    writer.add_sliding_window(config.sliding_window)
+    writer.add_rope_freq_base_swa(config.rope_parameters["sliding_attention"]["rope_theta"])
+
+
+def _write_phi3(writer: gguf.GGUFWriter, config: Any) -> None:
+    writer.add_sliding_window(config.sliding_window or 0)
+    writer.add_rope_scaling_orig_ctx_len(config.original_max_position_embeddings)
+
+
+def _write_granite(writer: gguf.GGUFWriter, config: Any) -> None:
+    writer.add_attention_scale(config.attention_multiplier)
+    writer.add_embedding_scale(config.embedding_multiplier)
+    writer.add_residual_scale(config.residual_multiplier)
+    writer.add_logit_scale(config.logits_scaling)
+
+
+_GEMMA = {"head_dim": 24, "hidden_size": 64, "sliding_window": WINDOW, "tie_word_embeddings": True}
+_GRANITE = {"attention_multiplier": 0.3, "embedding_multiplier": 3.0, "residual_multiplier": 0.6, "logits_scaling": 2.0}
+
+KINDS = {
+    "llama": Kind("llama", gguf.MODEL_ARCH.LLAMA, permuted=True),
+    "mistral": Kind("mistral", gguf.MODEL_ARCH.LLAMA, {"sliding_window": None}, permuted=True),
+    "qwen2": Kind("qwen2", gguf.MODEL_ARCH.QWEN2),
+    "qwen3": Kind("qwen3", gguf.MODEL_ARCH.QWEN3, {"head_dim": 24, "tie_word_embeddings": True}),
+    "gemma2": Kind(
+        "gemma2",
+        gguf.MODEL_ARCH.GEMMA2,
+        {
+            **{**_GEMMA, "attn_logit_softcapping": 3.0, "final_logit_softcapping": 4.0},
+            **{"num_hidden_layers": 3, "query_pre_attn_scalar": 24},
+        },
+        norms_plus_one=True,
+        write=_write_gemma2,
+    ),
+    "gemma3": Kind(
+        "gemma3_text",
+        gguf.MODEL_ARCH.GEMMA3,
+        {
+            **{**_GEMMA, "num_hidden_layers": 7, "query_pre_attn_scalar": 24},
+            "rope_parameters": {
+                "full_attention": {"rope_type": "default", "rope_theta": 50000.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 300.0},
+            },
+        },
+        norms_plus_one=True,
+        write=_write_gemma3,
+    ),
+    "phi3": Kind("phi3", gguf.MODEL_ARCH.PHI3, {"pad_token_id": None}, write=_write_phi3),
+    "olmo2": Kind("olmo2", gguf.MODEL_ARCH.OLMO2, {"pad_token_id": None}),
+    "granite": Kind("granite", gguf.MODEL_ARCH.GRANITE, _GRANITE, permuted=True, write=_write_granite),
+    "smollm3": Kind(
+        "smollm3",
+        gguf.MODEL_ARCH.SMOLLM3,
+        {"num_hidden_layers": 5, "pad_token_id": None, "tie_word_embeddings": True},
+        permuted=True,
+    ),
+}
+
+
+def random_model(family: str, *, seed: int = 0, **config: Any) -> PreTrainedModel:
+    """A small random model whose every parameter, norms and biases too, differs from its usual initial value.
+
+    Args:
+        family: A key of `KINDS`.
+        seed: Seed of the weights.
+        config: Fields of the configuration to set to something else.
+    """
+    fields = {
+        **{"vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2},
+        **{"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256, "rms_norm_eps": 1e-5},
+        **{"tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2},
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    }
+    kind = KINDS[family]
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        config = AutoConfig.for_model(kind.model_type, **fields | dict(kind.config) | config)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+        for name, parameter in model.named_parameters():
+            spread = 0.3 if parameter.dim() == 1 else parameter.shape[-1] ** -0.5 * (2 if "embed" in name else 1)
+            mean = float("norm" in name and not kind.norms_plus_one)
+            torch.nn.init.normal_(parameter, mean=mean, std=spread)
+    return model.eval()
+
+
+def write_family(
+    path: Path,
+    family: str,
+    model: PreTrainedModel,
+    *,
+    format: str = "F32",
+    metadata: Mapping[str, Any] | None = None,
+    tensors: Mapping[str, np.ndarray | None] | None = None,
+) -> Path:
+    """Write a model.
+
+    Args:
+        path: The file to write.
+        family: A key of `KINDS`.
+        model: What to write.
+        format: Block format of the matrices; vectors are F32.
+        metadata: Keys to add or to set to other values, without the architecture's prefix.
+        tensors: Tensors to add as F32.
+
+    Returns:
+        ``path``.
+    """
+    kind, config = KINDS[family], model.config
+    writer = _Changed(path, gguf.MODEL_ARCH_NAMES[kind.architecture], metadata or {})
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    rope = config.rope_parameters.get("full_attention", config.rope_parameters)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(head_dim)
+    writer.add_value_length(head_dim)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(rope["rope_theta"])
+    writer.add_rope_dimension_count(int(head_dim * rope.get("partial_rotary_factor", 1.0)))
+    kind.write(writer, config)
+    writer.add_rest()
+    _add_tokenizer(writer, VOCAB)
+    names = gguf.get_tensor_name_map(kind.architecture, config.num_hidden_layers)
+    for hf_name, parameter in model.named_parameters():
+        array = parameter.detach().float().numpy()
+        if kind.permuted and ("q_proj" in hf_name or "k_proj" in hf_name):
+            moved = np.empty_like(array)
+            for row in range(len(array)):
+                moved[row_in_file(row, head_dim)] = array[row]
+            array = moved
+        if kind.norms_plus_one and "norm" in hf_name:
+            array = array + 1
+        name = names.get_name(hf_name, try_suffixes=(".weight", ".bias"))
+        assert name is not None, hf_name
+        _add(writer, name, array, "F32" if array.ndim == 1 else format)
+    for name, array in (tensors or {}).items():
+        _add(writer, name, array, "F32")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def _add(writer: gguf.GGUFWriter, name: str, array: np.ndarray, format: str) -> None:
+    qtype = gguf.GGMLQuantizationType[format]
+    writer.add_tensor(name, gguf.quants.quantize(np.ascontiguousarray(array, np.float32), qtype), raw_dtype=qtype)
+
+
+class _Changed(gguf.GGUFWriter):
+    """A writer in which some keys have other values than they are given."""
+
+    def __init__(self, path: Path, architecture: str, changes: Mapping[str, Any]) -> None:
+        self._changes = {f"{architecture}.{key}": value for key, value in changes.items()}
+        super().__init__(path, architecture)
+
+    def add_key_value(self, key: str, *args: Any, **options: Any) -> None:
+        if key not in self._changes:
+            super().add_key_value(key, *args, **options)
+
+    def add_rest(self) -> None:
+        """The changed keys; None leaves one out."""
+        changes, self._changes = self._changes, {}
+        for key, value in changes.items():
+            if value is not None:
+                kind = {str: "string", int: "uint32", float: "float32", bool: "bool", list: "array"}[type(value)]
+                getattr(self, f"add_{kind}")(key, value)
