@@ -19,6 +19,7 @@ Quantize = Literal["nf4", "fp4", "q4_1", "q5_1", "q8_0"]
 Compute = Literal["auto", "bf16", "fp32"]
 Memory = Literal["high", "lowest"]
 Scaling = Literal["standard", "rslora", "plain"]
+FrozenTensors = Literal["frozen", "lora"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +77,8 @@ class QALoRA:
         rank: Rank r of the update; at most the number of blocks in a row.
         alpha: Numerator of the scaling alpha/r.
         targets: As for LoRA.
+        frozen_tensors: What becomes of targets whose blocks have no offsets and cannot be promoted to a format with
+            offsets: ``frozen`` leaves them as they are, ``lora`` puts plain LoRA of the same rank beside them.
     """
 
     method: ClassVar[Method] = "qalora"
@@ -83,6 +86,7 @@ class QALoRA:
     rank: int = 16
     alpha: float = 32.0
     targets: str = "all-linear"
+    frozen_tensors: FrozenTensors = "frozen"
 
     def __post_init__(self) -> None:
         _check_rank_and_alpha(self.rank, self.alpha)
@@ -118,6 +122,9 @@ class TrainConfig:
         scaling: ``standard`` is alpha/rank, ``rslora`` alpha/sqrt(rank), ``plain`` alpha. Not with --method qalora.
         dropout: Dropout on the adapter's input. Not with --method qalora.
         targets: Layers to adapt: ``all-linear``, or comma-separated names (q_proj,v_proj), or a regular expression.
+        frozen_tensors: What becomes of targets in formats without block offsets, such as Q6_K: ``frozen`` leaves them
+            as they are, ``lora`` trains plain LoRA beside them, which merge can only add by rounding those tensors anew
+            (its option --requantize). Only with --method qalora.
         learning_rate: Peak learning rate. By default chosen by method and width of the model.
         steps: Optimiser steps; excludes --epochs.
         epochs: Passes over the data; excludes --steps. [default: 1]
@@ -152,6 +159,7 @@ class TrainConfig:
     scaling: Scaling = "standard"
     dropout: float = 0.0
     targets: str = "all-linear"
+    frozen_tensors: FrozenTensors = "frozen"
     learning_rate: float | None = None
     steps: int | None = None
     epochs: float | None = None

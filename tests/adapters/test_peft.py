@@ -39,6 +39,7 @@ CONFIGS: list[AdapterConfig] = [
     LoRA(rank=4, targets="lm_head"),
     QALoRA(rank=4),
     QALoRA(rank=2, alpha=40.0, targets="v_proj,up_proj"),
+    QALoRA(rank=2, targets="o_proj,lm_head", frozen_tensors="lora"),  # the head is Q8_0 and gets plain LoRA
 ]
 
 

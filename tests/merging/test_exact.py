@@ -268,7 +268,7 @@ def test_a_file_of_another_length_is_seen(run: Path, merged: Path, tmp_path: Pat
     spoilt = tmp_path / "spoilt.gguf"
     for data in (merged.read_bytes()[:-1], merged.read_bytes() + b"\0"):
         spoilt.write_bytes(data)
-        with pytest.raises(MergeError, match="has not the"):
+        with pytest.raises(MergeError, match=r"are wrong|ends within"):
             verify(plan(run), spoilt)
 
 

@@ -13,7 +13,15 @@ from torch import nn
 from lorafit.config import AdapterConfig, LoRA, QALoRA, QLoRA
 from lorafit.errors import AdapterError, ConfigError
 from lorafit.models.load import load_base
-from lorafit.modules import PackedLinear, PackedWeight, adapter_modules, adapters_disabled, attach
+from lorafit.modules import (
+    LoRALinear,
+    PackedLinear,
+    PackedWeight,
+    QALoRALinear,
+    adapter_modules,
+    adapters_disabled,
+    attach,
+)
 from tests.oracles.adapted import fill
 from tests.oracles.tiny_gguf import TinyLlama, write_tiny_llama
 
@@ -178,6 +186,36 @@ def test_qlora_is_lora_beside_a_quantised_base(tied: TinyLlama, tmp_path: Path) 
     for base in (tied.dense(), loaded(write_tiny_llama(tmp_path / "half.gguf", format="F16"))):
         with pytest.raises(AdapterError, match=r"no target layer is quantised: .*--quantize nf4"):
             attach(base, QLoRA(rank=3))
+
+
+def test_plain_lora_on_what_has_no_offsets(tmp_path: Path) -> None:
+    mixed = write_tiny_llama(tmp_path / "mixed.gguf", hidden=128, formats={"ffn_down": "Q8_0", "0.attn_v": "F16"})
+    model = loaded(mixed)
+    with torch.no_grad():
+        before = model(TOKENS).logits
+    coverage = attach(model, QALoRA(rank=2, alpha=6.0, frozen_tensors="lora"))
+    with torch.no_grad():
+        assert torch.equal(model(TOKENS).logits, before)
+    down = {f"model.layers.{i}.mlp.down_proj": "Q8_0 has no block offsets" for i in range(LAYERS)}
+    assert coverage.beside == {**down, "model.layers.0.self_attn.v_proj": "F16 has no block offsets"}
+    assert coverage.frozen.keys() == {"lm_head", "model.embed_tokens"}
+    for name, module in adapter_modules(model).items():
+        assert isinstance(module, LoRALinear if name in coverage.beside else QALoRALinear)
+        assert module.scale == 3.0
+        assert coverage.wrapped[name] == sum(p.numel() for p in module.adapter_parameters().values())
+    assert coverage.fate("model.layers.1.mlp.down_proj") == "trained by plain LoRA: Q8_0 has no block offsets"
+    assert coverage.fate("model.layers.1.mlp.up_proj") == "trained"
+    left = attach(loaded(mixed), QALoRA(rank=2))
+    assert left.frozen.items() >= coverage.beside.items()
+    assert not left.beside
+
+
+def test_plain_lora_where_nothing_needs_it_is_refused(tied: TinyLlama, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--frozen-tensors lora has no effect"):
+        attach(loaded(tied), QALoRA(rank=2, frozen_tensors="lora"))
+    without = write_tiny_llama(tmp_path / "q8.gguf", format="Q8_0")
+    with pytest.raises(AdapterError, match=r"no target layer can take qalora \(Q8_0 has no block offsets\)"):
+        attach(loaded(without), QALoRA(rank=2, frozen_tensors="lora"))
 
 
 def test_any_module_can_be_adapted() -> None:

@@ -9,6 +9,7 @@ Row order: Hugging Face rotates a head's row i with row i + head_dim/2, llama-fa
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -19,7 +20,9 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM
 
-Format = Literal["F32", "F16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"]
+from tests.oracles import ggml
+
+Format = Literal["F32", "F16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"]
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 CHAT_TEMPLATE = (
@@ -77,6 +80,7 @@ def write_tiny_llama(
     context: int = 512,
     format: Format = "Q4_1",
     embedding_format: Format = "Q8_0",
+    formats: Mapping[str, Format] | None = None,
     tied: bool = True,
     seed: int = 0,
 ) -> TinyLlama:
@@ -85,14 +89,15 @@ def write_tiny_llama(
     Args:
         path: The file to write.
         layers: Transformer blocks.
-        hidden: Width; a multiple of 32, the block size, and of ``heads``.
-        intermediate: Width of the MLP; a multiple of 32.
+        hidden: Width; a multiple of the block (32, of K-quants 256) and of ``heads``.
+        intermediate: Width of the MLP; a multiple of the block.
         heads: Attention heads.
         kv_heads: Heads of keys and values; divides ``heads``.
         vocab: Tokens: 3 special ones, 256 bytes, the rest merges (at most 547 altogether).
         context: Longest sequence that the file claims.
         format: Block format of the linear layers.
         embedding_format: Block format of the embedding, and of the head where it is not tied.
+        formats: Linear layer in the file, such as ``blk.0.ffn_down``, or the end of its name -> another block format.
         tied: The head is the embedding.
         seed: Seed of the weights.
     """
@@ -125,10 +130,10 @@ def write_tiny_llama(
         if len(shape) == 1:
             values += 1.0  # a norm's weight
         qtype = gguf.GGMLQuantizationType[block_format]
-        blocks = gguf.quants.quantize(_interleaved(values, rotated_heads), qtype)
+        blocks = quantize(_interleaved(values, rotated_heads), block_format)
         writer.add_tensor(f"{name}.weight", blocks, raw_dtype=qtype)
         # Rounding is by blocks along a row, so it does not see in which order rows are written.
-        weights[f"{hf_name}.weight"] = gguf.quants.dequantize(gguf.quants.quantize(values, qtype), qtype)
+        weights[f"{hf_name}.weight"] = gguf.quants.dequantize(quantize(values, block_format), qtype)
 
     head_dim = hidden // heads
     # Twice the usual size, so that some tokens are likely and others are not.
@@ -145,7 +150,9 @@ def write_tiny_llama(
             ("ffn_down", "mlp.down_proj", hidden, intermediate, 0),
         ):
             shape, std = (out_dim, in_dim), in_dim**-0.5
-            add(f"{gguf_layer}.{name}", f"{hf_layer}.{hf_name}", shape, std, format, rotated_heads)
+            full_name = f"{gguf_layer}.{name}"
+            own = next((each for end, each in (formats or {}).items() if f".{full_name}".endswith(f".{end}")), format)
+            add(full_name, f"{hf_layer}.{hf_name}", shape, std, own, rotated_heads)
         add(f"{gguf_layer}.attn_norm", f"{hf_layer}.input_layernorm", (hidden,), 0.1, "F32")
         add(f"{gguf_layer}.ffn_norm", f"{hf_layer}.post_attention_layernorm", (hidden,), 0.1, "F32")
     add("output_norm", "model.norm", (hidden,), 0.1, "F32")
@@ -157,6 +164,13 @@ def write_tiny_llama(
     writer.write_tensors_to_file()
     writer.close()
     return TinyLlama(path, weights, config)
+
+
+def quantize(weights: np.ndarray, block_format: Format) -> np.ndarray:
+    """Blocks as llama.cpp's tools write them: by gguf-py, or where it cannot, by ggml."""
+    if block_format.endswith("_K"):
+        return ggml.quantize(weights, block_format)
+    return gguf.quants.quantize(weights, gguf.GGMLQuantizationType[block_format])
 
 
 def _interleaved(weight: np.ndarray, heads: int) -> np.ndarray:

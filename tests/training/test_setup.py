@@ -72,6 +72,8 @@ def config(folder: Path, **settings: object) -> TrainConfig:
         ({"no_eval": True, "eval_every": 2}, "--eval-every 2 has no effect with --no-eval"),
         ({"no_eval": True, "samples": 2}, "--samples 2 has no effect with --no-eval"),
         ({"truncate": True}, "--truncate needs --max-length"),
+        ({"method": "lora", "frozen_tensors": "lora"}, "--frozen-tensors lora has no effect with --method lora"),
+        ({"frozen_tensors": "warm"}, "--frozen-tensors is warm, but must be one of frozen, lora"),
         ({"method": "qalora", "dropout": 0.1}, "--dropout 0.1 has no effect with --method qalora"),
         ({"method": "qalora", "scaling": "rslora"}, "--scaling rslora has no effect with --method qalora"),
     ],

@@ -4,7 +4,8 @@ Every adapter is saved as an ordinary LoRA, so that PEFT and whatever reads PEFT
 adapter is one whose A repeats each column once per weight of a block; what makes it QA-LoRA is said in the header of
 the safetensors file, which travels with the weights, under the key ``lorafit``. Beside it lies
 ``qalora_offsets.safetensors``: the block offsets m' that the run computed with, in half precision and in the row
-order of Hugging Face. Merging copies them; they are the trained model, to the last bit.
+order of Hugging Face. Merging copies them; they are the trained model, to the last bit. A QA-LoRA run may have plain
+LoRA on tensors without offsets; those have no entry there.
 """
 
 from __future__ import annotations
@@ -220,9 +221,9 @@ def _set_factor(module: AdapterModule, part: str, value: Tensor) -> str | None:
 
 def _hold_offsets(modules: Mapping[str, AdapterModule], stored: Mapping[str, Tensor]) -> list[str]:
     """Let every QA-LoRA module compute with its stored offsets; returns what is wrong with them."""
-    problems = [f"offsets of {name} are unexpected" for name in sorted(stored.keys() - modules.keys())]
-    for name, module in modules.items():
-        assert isinstance(module, QALoRALinear)
+    takers = {name: module for name, module in modules.items() if isinstance(module, QALoRALinear)}
+    problems = [f"offsets of {name} are unexpected" for name in sorted(stored.keys() - takers.keys())]
+    for name, module in takers.items():
         offsets = stored.get(name)
         if offsets is None:
             problems.append(f"offsets of {name} are missing")

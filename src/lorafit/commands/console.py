@@ -121,10 +121,9 @@ class Console:
     def coverage(self, coverage: Coverage) -> None:
         """Writes which layers are trained and which are left frozen and why, a line for those alike in every block."""
         groups: dict[tuple[str, str, str], list[int]] = {}
-        for name, parameters in coverage.wrapped.items():
-            groups.setdefault((_pattern(name), coverage.formats[name], "trained"), []).append(parameters)
-        for name, reason in coverage.frozen.items():
-            groups.setdefault((_pattern(name), coverage.formats.get(name, ""), f"frozen: {reason}"), []).append(0)
+        for name in (*coverage.wrapped, *coverage.frozen):
+            key = (_pattern(name), coverage.formats.get(name, ""), coverage.fate(name))
+            groups.setdefault(key, []).append(coverage.wrapped.get(name, 0))
         rows = [
             (pattern.rsplit("*.", 1)[-1], form, len(parameters), state, sum(parameters))
             for (pattern, form, state), parameters in groups.items()

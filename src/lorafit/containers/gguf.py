@@ -59,12 +59,15 @@ class GGUFFile:
         path: Where it lies.
         metadata: Key -> int, float, bool, str, list of str, or numpy array for arrays of numbers.
         tensors: Name -> entry of the tensor table, in the file's order.
+        table_at: Where the tensor table starts, in bytes from the start of the file; before it lie the metadata.
+        alignment: Tensor data start at multiples of this.
     """
 
-    def __init__(self, path: Path, mapped: mmap.mmap, metadata: dict[str, Any], tensors: dict[str, TensorInfo]) -> None:
+    def __init__(self, path: Path, mapped: mmap.mmap) -> None:
+        parser = _Parser(path, mapped)
         self.path = path
-        self.metadata = metadata
-        self.tensors = tensors
+        self.metadata, self.tensors = parser.parse()
+        self.table_at, self.alignment = parser.table_at, parser.alignment
         self._mapped = mapped
 
     @classmethod
@@ -85,8 +88,7 @@ class GGUFFile:
                 raise ContainerError(f"{path} is not a GGUF file: it does not start with 'GGUF'")
             # A private mapping is writable in memory only: torch wants writable buffers, and the file stays untouched.
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        metadata, tensors = _Parser(path, mapped).parse()
-        return cls(path, mapped, metadata, tensors)
+        return cls(path, mapped)
 
     def blocks(self, name: str) -> Tensor:
         """The packed data of a tensor as they lie in the file: uint8 [rows, row_bytes], not copied.
@@ -106,6 +108,8 @@ class _Parser:
         self.data = data
         self.size = len(data)
         self.at = 4
+        self.table_at = 0
+        self.alignment = 32
 
     def parse(self) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
         version = self.number("<I")
@@ -123,11 +127,12 @@ class _Parser:
             if key in metadata:
                 raise self.broken(f"the key {_quoted(key)} stands twice in its metadata")
             metadata[key] = self.value(self.number("<I"), key)
+        self.table_at = self.at
         entries = [self.tensor() for _ in range(tensor_count)]
-        alignment = metadata.get("general.alignment", 32)
+        self.alignment = alignment = metadata.get("general.alignment", self.alignment)
         if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
             raise self.broken(f"general.alignment is {_quoted(str(alignment))}, not a power of two")
-        start = place = _padded(self.at, alignment)
+        start = place = padded(self.at, alignment)
         tensors: dict[str, TensorInfo] = {}
         for name, format_name, shape, relative in entries:
             if name in tensors:
@@ -136,7 +141,7 @@ class _Parser:
             if start + relative != place:
                 raise self.broken(f"tensor {_quoted(name)} is said to start at {start + relative}, not at {place}")
             tensors[name] = self.placed(name, format_name, shape, place)
-            place = _padded(place + tensors[name].nbytes, alignment)
+            place = padded(place + tensors[name].nbytes, alignment)
         return metadata, tensors
 
     def placed(self, name: str, format_name: str, shape: tuple[int, ...], offset: int) -> TensorInfo:
@@ -215,7 +220,8 @@ class _Parser:
         return ContainerError(f"{self.path} is not a usable GGUF file: {why}")
 
 
-def _padded(place: int, alignment: int) -> int:
+def padded(place: int, alignment: int) -> int:
+    """The next multiple of ``alignment``."""
     return -(-place // alignment) * alignment
 
 

@@ -33,7 +33,8 @@ from lorafit.data.readers import Example, read_examples
 from lorafit.errors import MergeError, ModelError
 from lorafit.evaluation.llamacpp import LlamaCpp, available
 from lorafit.evaluation.loss import evaluate
-from lorafit.merging.exact import Plan, verify
+from lorafit.merging.plan import Plan
+from lorafit.merging.verify import verify
 from lorafit.models.load import load_base
 from lorafit.modules import PackedLinear, QALoRALinear
 from lorafit.training.setup import fit_length
@@ -218,7 +219,7 @@ def certify(
         lorafit=__version__,
         run=plan.run.resolve().name,
         method="qalora",
-        base=FileRecord(plan.base.path.name, plan.base_sha256, comparison.size),
+        base=FileRecord(plan.base.path.name, plan.base_sha256, comparison.base_size),
         merged=FileRecord(name, comparison.sha256, comparison.size),
         weights=Weights(
             bit_identical=True,

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import nn
 
-from lorafit.config import AdapterConfig, QALoRA, QLoRA
+from lorafit.config import AdapterConfig, LoRA, QALoRA, QLoRA
 from lorafit.errors import AdapterError, ConfigError
 from lorafit.formats import block_format
 from lorafit.modules.adapter import AdapterModule, adapter_modules
@@ -27,6 +27,7 @@ class Coverage:
         frozen: Full name of a linear layer or embedding that is left as it is -> why.
         formats: Full name -> block format or dtype of the frozen weight, for all of them.
         total_parameters: Parameters of the base, packed ones counted as weights.
+        beside: Full name of a layer that has plain LoRA although the method is ``qalora`` -> why.
     """
 
     method: str
@@ -34,15 +35,22 @@ class Coverage:
     frozen: dict[str, str]
     formats: dict[str, str]
     total_parameters: int
+    beside: dict[str, str] = field(default_factory=dict)
 
     @property
     def trainable_parameters(self) -> int:
         """Number of trained parameters."""
         return sum(self.wrapped.values())
 
+    def fate(self, name: str) -> str:
+        """What became of a layer, in a few words."""
+        if name in self.frozen:
+            return f"frozen: {self.frozen[name]}"
+        return f"trained by plain LoRA: {self.beside[name]}" if name in self.beside else "trained"
+
     def as_dict(self) -> dict[str, object]:
         """For ``summary.json``."""
-        return {"wrapped": self.wrapped, "frozen": self.frozen, "formats": self.formats}
+        return {"wrapped": self.wrapped, "beside": self.beside, "frozen": self.frozen, "formats": self.formats}
 
 
 def attach(model: nn.Module, config: AdapterConfig) -> Coverage:
@@ -57,7 +65,7 @@ def attach(model: nn.Module, config: AdapterConfig) -> Coverage:
 
     Raises:
         AdapterError: The model has adapters already, a target matches nothing, or none can take this method.
-        ConfigError: The targets are not a valid pattern.
+        ConfigError: The targets are not a valid pattern, or plain LoRA is asked for and no target needs it.
     """
     if adapter_modules(model):
         raise AdapterError("the model has adapters already; load the base again to attach others")
@@ -68,33 +76,33 @@ def attach(model: nn.Module, config: AdapterConfig) -> Coverage:
     left = "output head (all-linear leaves it out)" if config.targets == "all-linear" else "not among the targets"
     frozen = {name: left for name in layers if name not in chosen}
     frozen |= dict.fromkeys(embeddings, "embedding (not a linear layer)")
-    suited = []
-    for name in chosen:
-        reason = _why_unsuited(layers[name], config)
-        if reason:
-            frozen[name] = reason
-        else:
-            suited.append(name)
-    if not suited:
+    unsuited = {name: reason for name in chosen if (reason := _why_unsuited(layers[name], config))}
+    if len(unsuited) == len(chosen):
         raise AdapterError(
-            f"no target layer can take {config.method} ({frozen[chosen[0]]}): QA-LoRA trains the offsets of packed "
+            f"no target layer can take {config.method} ({unsuited[chosen[0]]}): QA-LoRA trains the offsets of packed "
             "blocks such as Q4_1's; use --method lora for this base"
         )
-    if isinstance(config, QLoRA) and not any(_is_quantized(layers[name]) for name in suited):
+    if isinstance(config, QLoRA) and not any(_is_quantized(layers[name]) for name in chosen):
         raise AdapterError(
             "qlora trains beside a quantised base, but no target layer is quantised: quantise the base while it is "
             "loaded (--quantize nf4), or use --method lora"
         )
+    beside: dict[str, str] = {}
+    if isinstance(config, QALoRA) and config.frozen_tensors == "lora":
+        if not unsuited:
+            raise ConfigError("--frozen-tensors lora has no effect: every target layer has block offsets; leave it out")
+        beside, unsuited = unsuited, beside
+    frozen |= unsuited
     total = count_parameters(model)
     formats = {name: _format_of(layer) for name, layer in (embeddings | layers).items()}
     # All adapters before the first is placed: one that cannot be made leaves the model as it was.
-    adapters = {name: _wrap(layers[name], config) for name in suited}
+    adapters = {name: _wrap(layers[name], config, name in beside) for name in chosen if name not in unsuited}
     model.requires_grad_(False)
     wrapped = {}
     for name, adapter in adapters.items():
         wrapped[name] = sum(parameter.numel() for parameter in adapter.adapter_parameters().values())
         model.set_submodule(name, adapter)
-    return Coverage(config.method, wrapped, frozen, formats, total)
+    return Coverage(config.method, wrapped, frozen, formats, total, beside)
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -107,8 +115,10 @@ def count_parameters(model: nn.Module) -> int:
     return sum(seen.values())
 
 
-def _wrap(layer: nn.Module, config: AdapterConfig) -> AdapterModule:
+def _wrap(layer: nn.Module, config: AdapterConfig, beside: bool) -> AdapterModule:
     if isinstance(config, QALoRA):
+        if beside:
+            return LoRALinear(layer, LoRA(rank=config.rank, alpha=config.alpha))
         assert isinstance(layer, PackedLinear), "checked by _why_unsuited"
         return QALoRALinear(layer, config)
     return LoRALinear(layer, config)

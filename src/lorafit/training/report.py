@@ -163,12 +163,14 @@ def _result(summary: Summary) -> list[str]:
 
 def _coverage(coverage: Coverage) -> list[str]:
     lines = [f"{coverage.trainable_parameters:,} parameters in {len(coverage.wrapped)} layers are trained."]
-    reasons: dict[str, list[str]] = {}
-    for name, reason in coverage.frozen.items():
-        reasons.setdefault(reason, []).append(name)
-    for reason, names in reasons.items():
+    fates = {"Trained by plain LoRA": coverage.beside, "Left frozen": coverage.frozen}
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for fate, layers in fates.items():
+        for name, reason in layers.items():
+            reasons.setdefault((fate, reason), []).append(name)
+    for (fate, reason), names in reasons.items():
         shown = ", ".join(f"`{name}`" for name in names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-        lines.append(f"Left frozen: {shown}: {reason}.")
+        lines.append(f"{fate}: {shown}: {reason}.")
     return lines
 
 

@@ -12,7 +12,18 @@ from typing import get_args
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lorafit.config import AdapterConfig, Compute, LoRA, Memory, Method, QALoRA, QLoRA, Scaling, TrainConfig
+from lorafit.config import (
+    AdapterConfig,
+    Compute,
+    FrozenTensors,
+    LoRA,
+    Memory,
+    Method,
+    QALoRA,
+    QLoRA,
+    Scaling,
+    TrainConfig,
+)
 from lorafit.data.chat import Document, encode_all
 from lorafit.data.packing import hold_out
 from lorafit.data.preview import too_long
@@ -25,6 +36,7 @@ from lorafit.training.optim import default_learning_rate
 _CHOICES = {
     "method": (None, *get_args(Method)),
     "scaling": get_args(Scaling),
+    "frozen_tensors": get_args(FrozenTensors),
     "decay": ("cosine", "linear", "constant"),
     "memory": get_args(Memory),
     "compute": get_args(Compute),
@@ -111,7 +123,8 @@ def check_options(config: TrainConfig) -> None:
         raise ConfigError("--truncate needs --max-length, the length to cut at")
     if config.no_eval:
         _refuse_idle(config, ("eval_every", "samples"), "with --no-eval")
-    adapter_config(config, config.method or "lora")
+    # Of the methods that may be chosen later, the one that takes more of these settings.
+    adapter_config(config, config.method or ("lora" if config.frozen_tensors == "frozen" else "qalora"))
 
 
 def read_rows(config: TrainConfig) -> Rows:
@@ -212,6 +225,7 @@ def adapter_config(config: TrainConfig, method: Method) -> AdapterConfig:
         ConfigError: A setting is out of range, or has no effect with this method.
     """
     if method != "qalora":
+        _refuse_idle(config, ("frozen_tensors",), f"with --method {method}, only with qalora")
         kind = QLoRA if method == "qlora" else LoRA
         return kind(
             rank=config.rank,
@@ -221,7 +235,7 @@ def adapter_config(config: TrainConfig, method: Method) -> AdapterConfig:
             targets=config.targets,
         )
     _refuse_idle(config, ("dropout", "scaling"), "with --method qalora, only with lora and qlora")
-    return QALoRA(rank=config.rank, alpha=config.alpha, targets=config.targets)
+    return QALoRA(rank=config.rank, alpha=config.alpha, targets=config.targets, frozen_tensors=config.frozen_tensors)
 
 
 def default_method(model: PreTrainedModel) -> Method:

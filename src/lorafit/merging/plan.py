@@ -1,0 +1,141 @@
+"""From a run to a merge that is known to fit, and to the file.
+
+The steps: *detect* that this run can be merged and that its base is, by hash, the file that it was trained on (a merged
+file is not, so nothing is merged twice); *plan* what becomes of which tensor; *validate* that it fits; *apply*. What
+was written is then *verified* side by side with the base (``verify.py``) and measured (``certificate.py``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from lorafit.adapters import load_adapter, read_record
+from lorafit.adapters.peft import OFFSETS_FILE, read_offsets_file
+from lorafit.config import QALoRA, TrainConfig, read_settings
+from lorafit.containers.atomic import fingerprint
+from lorafit.containers.gguf import GGUFFile
+from lorafit.containers.gguf_writer import rewrite
+from lorafit.errors import MergeError, MissingFileError
+from lorafit.merging.exact import OffsetChange, check_origin
+from lorafit.models.base import Base
+from lorafit.models.load import load_base
+from lorafit.modules import AdapterModule, PackedEmbedding, PackedLinear, QALoRALinear, adapter_modules
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A merge that is known to fit.
+
+    Attributes:
+        run: Directory of the run.
+        config: Its settings.
+        base: The loaded base with the adapter on it, computing with the stored offsets: the run itself.
+        base_sha256: Hash of the base file.
+        file: The base file.
+        changes: What is written, in the order of the file.
+        rounded_otherwise: Offsets that this machine, computing them anew from A and B, rounds to a neighbour.
+    """
+
+    run: Path
+    config: TrainConfig
+    base: Base
+    base_sha256: str
+    file: GGUFFile
+    changes: tuple[OffsetChange, ...]
+    rounded_otherwise: int
+
+
+def plan(run: str | Path) -> Plan:
+    """Detect what a run is, work out its merge and validate it; nothing is written.
+
+    Args:
+        run: Directory of a run.
+
+    Raises:
+        MissingFileError: There is no such run, it is not complete, or its base has gone.
+        MergeError: Its method has no exact merge, its base is not the file that it was trained on, or its stored
+            offsets do not fit the file or do not belong to its adapter.
+    """
+    run = Path(run)
+    base, config, sha256 = _detect(run)
+    load_adapter(base.model, run / "adapter", hold_offsets=False)
+    adapters = adapter_modules(base.model)
+    stored = read_offsets_file(run / "adapter")
+    file = GGUFFile.open(base.path)
+    _check_tensors(base, adapters, file)
+    exact = {name: module for name, module in adapters.items() if isinstance(module, QALoRALinear)}
+    if len(exact) < len(adapters):
+        raise MergeError(
+            f"{run} trained plain LoRA on {len(adapters) - len(exact)} tensors without block offsets, which does not "
+            f"merge without rounding; ship {run / 'adapter'} beside the base, or train with --frozen-tensors frozen"
+        )
+    rounded_otherwise = check_origin(run / "adapter" / OFFSETS_FILE, exact, stored)
+    for name, module in exact.items():
+        module.hold(stored[name])
+    changes = [_change(name, module, file, stored[name]) for name, module in exact.items()]
+    changes.sort(key=lambda change: change.tensor.offset)
+    return Plan(run, config, base, sha256, file, tuple(changes), rounded_otherwise)
+
+
+def apply(plan: Plan, target: str | Path) -> None:
+    """Write the merged file; the caller makes it appear whole.
+
+    Memory: the file goes through a small buffer, some rows of a tensor at a time.
+
+    Args:
+        plan: What to write.
+        target: The file to write.
+
+    Raises:
+        ModelError: The base was written to after it was loaded.
+    """
+    plan.base.check_unchanged()
+    rewrite(plan.file, target, {change.tensor.name: change for change in plan.changes})
+
+
+def _detect(run: Path) -> tuple[Base, TrainConfig, str]:
+    """The base of a run that can be merged, the run's settings, and the hash of the base."""
+    adapter = run / "adapter"
+    if not adapter.is_dir():
+        raise MissingFileError(f"{run} is not a run: it has no directory adapter/; give what `lorafit train` wrote")
+    record = read_record(adapter)
+    if not isinstance(record.config, QALoRA):
+        raise MergeError(
+            f"{run} was trained with --method {record.config.method}, whose update does not fit into the blocks "
+            f"of a GGUF file; ship {adapter} beside the base, or train with --method qalora"
+        )
+    config = TrainConfig(**read_settings(run / "config.yaml"))
+    base = load_base(record.base, compute=config.compute)
+    if not base.path.is_file():
+        raise MergeError(f"{base.path} is no GGUF file, and merge writes one into another; ship {adapter} beside it")
+    sha256 = fingerprint(base.path)
+    if sha256 != record.base_sha256:
+        raise MergeError(
+            f"{base.path} is not the file that {run} was trained on (its SHA-256 is {sha256[:12]}…, that one's "
+            f"{record.base_sha256[:12]}…): it is another model or one that was merged already; put the original back"
+        )
+    return base, config, sha256
+
+
+def _check_tensors(base: Base, adapters: Mapping[str, AdapterModule], file: GGUFFile) -> None:
+    """Every layer has a tensor in the file that is its own."""
+    tables = {module.packed.name for module in base.model.modules() if isinstance(module, PackedEmbedding)}
+    for name, module in adapters.items():
+        packed = module.base.packed if isinstance(module.base, PackedLinear) else None
+        info = file.tensors.get(packed.name) if packed else None
+        if packed is None or info is None or info.format != packed.format_name or info.shape != packed.shape:
+            raise MergeError(f"{file.path} has not the tensor that {name} was loaded from; did it change meanwhile?")
+        if packed.name in tables:
+            raise MergeError(
+                f"{packed.name} is the table of embeddings too, which merging {name} would change; train without that "
+                "layer, or ship the adapter beside the base"
+            )
+
+
+def _change(name: str, module: QALoRALinear, file: GGUFFile, offsets: Tensor) -> OffsetChange:
+    packed = module.base.packed
+    return OffsetChange(name, file.tensors[packed.name], packed.format_name, offsets, packed.rows)
