@@ -8,6 +8,8 @@ is one tensor of the size of the hidden states.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from lorafit.data.packing import Batch
+from lorafit.models.logits import finish_logits
 
 _CHUNK = 512  # places at a time: 512 rows of logits over 50,000 tokens are 100 MB in float32
 
@@ -41,19 +44,22 @@ def sft_loss(model: PreTrainedModel, batch: Batch) -> Tensor:
     """
     head = model.get_output_embeddings()
     trained = [parameter for parameter in head.parameters() if parameter.requires_grad]
-    return _ChunkedLoss.apply(hidden_states(model, batch), batch.targets, head, *trained)
+    return _ChunkedLoss.apply(hidden_states(model, batch), batch.targets, partial(_logits, model), *trained)
 
 
 @torch.no_grad()
 def score(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor]:
     """Per target: negative log-likelihood [N] float32, and whether the target was the most likely token [N] bool."""
-    head = model.get_output_embeddings()
     losses, hits = [], []
     for hidden, targets in _chunks(hidden_states(model, batch), batch.targets):
-        logits = head(hidden).float()
+        logits = _logits(model, hidden).float()
         losses.append(F.cross_entropy(logits, targets, reduction="none"))
         hits.append(logits.argmax(-1) == targets)
     return torch.cat(losses), torch.cat(hits)
+
+
+def _logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+    return finish_logits(model, model.get_output_embeddings()(hidden))
 
 
 def _chunks(hidden: Tensor, targets: Tensor) -> Any:
@@ -61,16 +67,18 @@ def _chunks(hidden: Tensor, targets: Tensor) -> Any:
 
 
 class _ChunkedLoss(torch.autograd.Function):
-    """Loss of (hidden states [N, dim], targets [N], head, the head's trained parameters)."""
+    """Loss of (hidden states [N, dim], targets [N], their way to logits, the head's trained parameters)."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, targets: Tensor, head: nn.Module, *trained: nn.Parameter) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, targets: Tensor, logits_of: Callable[[Tensor], Tensor], *trained: nn.Parameter
+    ) -> Tensor:
         total = hidden.new_zeros((), dtype=torch.float32)
         by_hidden: list[Tensor] = []
         by_parameter = [torch.zeros_like(parameter) for parameter in trained]
         for chunk, wanted in _chunks(hidden.detach(), targets):
             with torch.enable_grad():
-                logits = head(chunk.requires_grad_())
+                logits = logits_of(chunk.requires_grad_())
             # One buffer of the size of the logits: log-probabilities, then the loss's gradient, softmax minus one-hot.
             buffer = logits.detach().log_softmax(-1, dtype=torch.float32)
             places = torch.arange(len(wanted), device=wanted.device), wanted
