@@ -20,7 +20,7 @@ from tests.oracles import raw_gguf as raw
 from tests.oracles.raw_gguf import RawTensor, gguf_bytes
 from tests.oracles.tiny_gguf import write_tiny_llama
 
-_F32, _Q4_0, _Q4_1, _Q8_0 = 0, 2, 3, 8
+_F32, _Q4_1, _Q8_0, _IQ2_S = 0, 3, 8, 22
 
 # One of everything, small enough to be cut at each byte.
 ENTRIES: list[raw.Entry] = [
@@ -224,7 +224,7 @@ def test_a_file_of_gguf_py_for_big_endian_machines_is_refused(tmp_path: Path) ->
         GGUFFile.open(tmp_path / "big.gguf")
 
 
-@pytest.mark.parametrize(("kind", "said"), [(_Q4_0, r"Q4_0 \(type 2\)"), (999, "type 999, which is not a known")])
+@pytest.mark.parametrize(("kind", "said"), [(_IQ2_S, r"IQ2_S \(type 22\)"), (999, "type 999, which is not a known")])
 def test_formats_that_are_not_read_are_named_with_their_tensor(tmp_path: Path, kind: int, said: str) -> None:
     with pytest.raises(FormatError, match=f"model.gguf: tensor 'matrix' has {said}.*lorafit reads .*Q4_1"):
         opened(tmp_path, gguf_bytes([], [matrix(kind=kind)]))

@@ -12,6 +12,7 @@ from torch import Tensor
 from lorafit import kernels
 from lorafit.formats import FORMATS, dequantize, read_offsets, write_offsets
 from lorafit.kernels import reference
+from tests.oracles.blocks import random_blocks as sane_blocks
 
 PACKED = ["Q4_1", "Q8_0"]
 DTYPES = [torch.float32, torch.bfloat16]
@@ -74,9 +75,9 @@ def by_reference(
 @pytest.mark.parametrize("name", sorted(FORMATS))
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float16, torch.float64])
 def test_dequantize_is_the_format_rounded_once(name: str, dtype: torch.dtype) -> None:
-    blocks = tame_blocks(name, 5, 64) if name in PACKED else torch.randn(5, 64).half().view(torch.uint8)
-    result = kernels.dequantize(blocks, name, dtype)
-    assert_same_bits(result.float(), dequantize(blocks, name, result.shape).to(dtype).float())
+    blocks, constants = sane_blocks(name, 5, 6)
+    result = kernels.dequantize(blocks, name, dtype, constants=constants)
+    assert_same_bits(result.float(), dequantize(blocks, name, result.shape, constants).to(dtype).float())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -257,8 +257,8 @@ def test_models_that_are_not_what_they_say_are_refused(tmp_path: Path, options: 
 
 
 def test_a_format_that_is_not_read_is_named(tmp_path: Path) -> None:
-    path = write_llama(tmp_path / "model.gguf", random_llama(), format="Q5_1")
-    with pytest.raises(FormatError, match=r"model.gguf: tensor '.*weight' has Q5_1 \(type 7\); lorafit reads"):
+    path = write_llama(tmp_path / "model.gguf", random_llama(hidden_size=256, intermediate_size=256), format="TQ2_0")
+    with pytest.raises(FormatError, match=r"model.gguf: tensor '.*weight' has TQ2_0 \(type 35\); lorafit reads"):
         load_base(path)
 
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from lorafit.errors import ContainerError, FormatError, MissingFileError
-from lorafit.formats.ggml import block_format, format_by_id
+from lorafit.formats import block_format, format_by_id
 
 _SCALARS = {
     0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?", 10: "<u8", 11: "<i8", 12: "<f8",
