@@ -16,7 +16,9 @@ Forward = Callable[[LlamaForCausalLM, Tensor, Sequence[int]], Tensor]
 LENGTHS = {"short": (1, 7, 30, 2), "long": (513, 600), "mixed": (5, 513, 512, 1, 40)}
 
 
-def attention_by_hand(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+def attention_by_hand(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None = None, cap: float | None = None
+) -> Tensor:
     """One document, one head and one token at a time, in float64: [tokens, heads, head_dim]."""
     query, key, value = (part.double() for part in (query, key, value))
     heads, tokens, _ = query.shape
@@ -25,10 +27,11 @@ def attention_by_hand(query: Tensor, key: Tensor, value: Tensor, scaling: float)
     for head in range(heads):
         keys, values = key[head // per_key_head], value[head // per_key_head]
         for token in range(tokens):
-            scores = keys[: token + 1] @ query[head, token] * scaling
-            result[token, head] = (
-                (scores - scores.max()).exp() @ values[: token + 1] / (scores - scores.max()).exp().sum()
-            )
+            first = 0 if window is None else max(0, token - window + 1)
+            scores = keys[first : token + 1] @ query[head, token] * scaling
+            scores = scores if cap is None else cap * (scores / cap).tanh()
+            likely = (scores - scores.max()).exp()
+            result[token, head] = likely @ values[first : token + 1] / likely.sum()
     return result
 
 
@@ -44,17 +47,44 @@ def random_heads(heads: int, key_heads: int, tokens: int, dim: int = 16) -> tupl
 
 @pytest.mark.parametrize("lengths", [(1, 7, 30, 2), (520, 3)])
 @pytest.mark.parametrize(("heads", "key_heads"), [(6, 2), (4, 4), (3, 1)])
-def test_against_a_product_by_hand(lengths: tuple[int, ...], heads: int, key_heads: int) -> None:
+@pytest.mark.parametrize("window", [None, 1, 7, 515, 10**6])
+@pytest.mark.parametrize("cap", [None, 0.7])
+def test_against_a_product_by_hand(
+    lengths: tuple[int, ...], heads: int, key_heads: int, window: int | None, cap: float | None
+) -> None:
     query, key, value = random_heads(heads, key_heads, sum(lengths))
     result, weights = attend_documents(
-        torch.nn.Module(), query, key, value, None, scaling=0.3, document_lengths=lengths
-    )
+        torch.nn.Module(), query, key, value, None, scaling=0.3, document_lengths=lengths,
+        sliding_window=window, softcap=cap,
+    )  # fmt: skip
     assert weights is None
     assert result.shape == (1, sum(lengths), heads, 16)
     pieces = [part[0].split(lengths, dim=1) for part in (query, key, value)]
-    expected = torch.cat([attention_by_hand(q, k, v, 0.3) for q, k, v in zip(*pieces, strict=True)])
+    expected = torch.cat([attention_by_hand(q, k, v, 0.3, window, cap) for q, k, v in zip(*pieces, strict=True)])
     # Means, weighted by a softmax in float32, of values that reach 5.
     torch.testing.assert_close(result[0].double(), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("window", "cap"), [(None, None), (100, None), (None, 0.7), (100, 0.7)])
+def test_gradients_of_long_documents(window: int | None, cap: float | None) -> None:
+    """Of 1,100 tokens, which with a window or a cap go in three pieces, against a dense mask in float64."""
+    lengths = (1100, 20)
+    leaves = [part.requires_grad_() for part in random_heads(4, 2, sum(lengths))]
+    weights = torch.randn(1, sum(lengths), 4, 16, generator=torch.Generator().manual_seed(1))
+    options = {"document_lengths": lengths, "sliding_window": window, "softcap": cap}
+    result, _ = attend_documents(torch.nn.Module(), *leaves, None, scaling=0.3, **options)
+    found = torch.autograd.grad((result * weights).sum(), leaves)
+
+    query, key, value = (part.detach().double().requires_grad_() for part in leaves)
+    scores = query @ key.repeat_interleave(2, 1).transpose(2, 3) * 0.3
+    scores = scores if cap is None else cap * (scores / cap).tanh()
+    place = torch.arange(sum(lengths))
+    distance = place[:, None] - place
+    seen = (distance >= 0) & (distance < (window or 10**6)) & ((place[:, None] < 1100) == (place < 1100))
+    dense = scores.masked_fill(~seen, float("-inf")).softmax(-1) @ value.repeat_interleave(2, 1)
+    expected = torch.autograd.grad((dense.transpose(1, 2) * weights).sum(), [query, key, value])
+    for gradient, exact in zip(found, expected, strict=True):
+        assert relative_error(gradient, exact) < 5e-6  # float32 sums of a thousand terms
 
 
 def tokens_of(lengths: Sequence[int]) -> Tensor:

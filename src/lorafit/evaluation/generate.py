@@ -11,6 +11,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from lorafit.data.chat import encode_prompt
 from lorafit.data.readers import Message
 from lorafit.errors import ConfigError, DataError
+from lorafit.models.longrope import long_from
 from lorafit.models.tokenizer import end_of_turn_ids
 from lorafit.modules.qalora import offsets_held
 
@@ -56,6 +57,7 @@ def generate(
     inputs = torch.tensor([prompt], device=model.device)
     tokens: list[int] = []
     written = ""
+    switch = long_from(model)
     model.eval()
     with offsets_held(model):
         for _ in range(min(max_tokens, context - len(prompt))):
@@ -64,7 +66,11 @@ def generate(
             if token in endings:
                 break
             tokens.append(token)
-            inputs = torch.tensor([[token]], device=model.device)
+            if len(prompt) + len(tokens) == switch:  # what is in the cache belongs to a shorter text
+                cache = DynamicCache(config=model.config)
+                inputs = torch.tensor([[*prompt, *tokens]], device=model.device)
+            else:
+                inputs = torch.tensor([[token]], device=model.device)
             text = str(tokenizer.decode(tokens))
             # A character of several tokens shows as a replacement character until its last byte is there.
             if not text.endswith("\ufffd"):

@@ -1,18 +1,20 @@
-"""transformers' configuration from a GGUF file's metadata, by the family's table."""
+"""transformers' configuration from a GGUF file's metadata, and back, by the family's table."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from torch import Tensor
+from transformers import AutoConfig, PreTrainedConfig
 
 from lorafit.errors import ModelError
 from lorafit.models.families import REQUIRED, Entry, Family
-from lorafit.models.keymap import family_of_file
+from lorafit.models.keymap import family_of_file, family_of_model
 from lorafit.models.metadata import Metadata
-from lorafit.models.rotary import rope_parameters
+from lorafit.models.rotary import rope_metadata, rope_parameters
 
 
 def config_fields(values: Mapping[str, Any], where: str, factors: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
@@ -44,7 +46,7 @@ def config_fields(values: Mapping[str, Any], where: str, factors: Mapping[str, T
     experts = metadata.raw("expert_count")
     if "num_experts" not in fields and not (experts is None or (isinstance(experts, int) and experts == 0)):
         raise ModelError(f"{where}: mixture-of-experts models of the {family.architecture} family are not supported")
-    metadata.check_rest()
+    metadata.check_rest(family.switches)
     return fields
 
 
@@ -77,7 +79,7 @@ def _windows(metadata: Metadata, period: int, fields: Mapping[str, Any]) -> dict
     if pattern is None or type(pattern) is int:
         period = period if pattern is None else pattern
         windowed = [period == 0 or (i + 1) % period != 0 for i in range(layers)]
-    elif isinstance(pattern, np.ndarray) and len(pattern) >= layers:
+    elif isinstance(pattern, np.ndarray | list) and len(pattern) >= layers:
         windowed = [bool(flag) for flag in pattern[:layers]]
     else:
         key = f"{metadata.prefix}attention.sliding_window_pattern"
@@ -86,3 +88,49 @@ def _windows(metadata: Metadata, period: int, fields: Mapping[str, Any]) -> dict
         window, windowed = fields["max_position_embeddings"], [False] * layers
     types = ["sliding_attention" if flag else "full_attention" for flag in windowed]
     return {"sliding_window": window, "layer_types": types}
+
+
+# Fields that do not change what a model computes, or that the tensors and the tokenizer of a file say.
+_NOT_IN_METADATA = frozenset(
+    {
+        *("vocab_size", "tie_word_embeddings", "attention_bias", "mlp_bias", "rope_parameters", "initializer_range"),
+        *("bos_token_id", "eos_token_id", "pad_token_id", "use_cache", "max_window_layers", "transformers_version"),
+        *("router_aux_loss_coef", "output_router_logits", "original_max_position_embeddings", "pretraining_tp"),
+    }
+)
+
+
+def metadata_of(config: PreTrainedConfig) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The metadata of a GGUF file for a configuration, and the tensors that go into its rotary embedding.
+
+    Raises:
+        ModelError: The family is not known, or the configuration has something that GGUF cannot say.
+    """
+    family = family_of_model(config.model_type, "the configuration")
+    config = copy.deepcopy(config)
+    config.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    keys, factors = rope_metadata(config, family)
+    keys["attention.value_length"] = config.head_dim
+    for name, entry in family.config.items():
+        value = getattr(config, name)
+        if value is not None:
+            keys[entry.key] = entry.kind(value)
+    if family.window_period:
+        keys |= _window_keys(config.layer_types, family.window_period)
+    architecture = family.architecture
+    metadata = {"general.architecture": architecture} | {f"{architecture}.{key}": keys[key] for key in keys}
+    # What is said must be what is meant: read it back.
+    fields = dict.fromkeys(family.config) | config_fields(metadata, "the configuration", factors)
+    again = AutoConfig.for_model(family.model_type, **fields)
+    for name, value in again.to_dict().items():
+        if name not in _NOT_IN_METADATA and getattr(config, name, value) != value:
+            raise ModelError(f"GGUF has no place for {name} = {getattr(config, name)} of a {family.model_type} model")
+    return metadata, factors
+
+
+def _window_keys(layer_types: Sequence[str], period: int) -> dict[str, Any]:
+    windowed = [kind == "sliding_attention" for kind in layer_types]
+    if not any(windowed):
+        return {"attention.sliding_window": 0}
+    usual = [(i + 1) % period != 0 for i in range(len(windowed))]
+    return {} if windowed == usual else {"attention.sliding_window_pattern": windowed}

@@ -52,6 +52,7 @@ class Family:
         partial_rotary: Whether rotation may leave out the last dimensions of a head.
         scalings: Kinds of rotary scaling that llama.cpp carries out for it.
         rotary_factors: Whether the file may have ``rope_freqs.weight``, a divisor for each rotary frequency.
+        switches: Metadata key -> its only value that is supported, of those that llama.cpp looks at in this family.
         biases: Field of the configuration that switches biases on -> GGUF name of a tensor that then has one.
     """
 
@@ -68,6 +69,7 @@ class Family:
     partial_rotary: bool = False
     scalings: tuple[str, ...] = ("linear", "yarn")
     rotary_factors: bool = False
+    switches: Mapping[str, bool] = field(default_factory=dict)
     biases: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -223,6 +225,7 @@ FAMILIES = (
                 "attention.scale", float, lambda fields: fields["head_dim"] ** -0.5, zero=True
             ),
         },
+        switches={"rope.scaling.finetuned": True},  # without it there is no rotation at all
     ),
     replace(
         _LLAMA,

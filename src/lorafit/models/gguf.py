@@ -16,6 +16,7 @@ from lorafit.formats import dequantize, finite
 from lorafit.models import keymap, rotary
 from lorafit.models.configuration import config_fields
 from lorafit.models.families import Family
+from lorafit.models.longrope import settle_rotary
 from lorafit.models.problems import raise_problems
 from lorafit.modules import PackedEmbedding, PackedLinear, PackedWeight
 
@@ -66,7 +67,7 @@ def model_from_gguf(file: GGUFFile, tokenizer: PreTrainedTokenizerBase, dtype: t
             _place(model, family, info, _blocks(file, info), dtype)
     if config.tie_word_embeddings:
         model.lm_head = PackedLinear(model.model.embed_tokens.packed)
-    rotary.restore_rotary(model, factors, where)
+    settle_rotary(model, where)
     on_meta = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
     assert not on_meta, f"left without data: {on_meta}"
     return model.requires_grad_(False).eval()

@@ -80,10 +80,26 @@ def row_order(gguf_name: str, family: Family, config: Any) -> Tensor | None:
     if heads_field is None:
         return None
     heads = getattr(config, heads_field)
-    in_file = torch.arange(heads * config.head_dim).view(heads, config.head_dim // 2, 2)
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    in_file = torch.arange(heads * size).view(heads, size // 2, 2)
     return in_file.transpose(1, 2).reshape(-1)
 
 
 def norm_shift(gguf_name: str, family: Family) -> float:
     """What a file's tensor has more than transformers' parameter: Gemma's norms are stored as factors, 1 + weight."""
     return family.norm_shift if gguf_name.endswith("norm.weight") else 0.0
+
+
+def to_file(hf_name: str, values: Tensor, family: Family, config: Any) -> tuple[str, Tensor]:
+    """A parameter of transformers as a GGUF file has it: its name there, and its values in the file's order.
+
+    Raises:
+        ModelError: The family has no such tensor.
+    """
+    name = gguf_name(hf_name, family)
+    if name is None:
+        raise ModelError(f"{hf_name} is not a tensor of the {family.architecture} family")
+    rows = row_order(name, family, config)
+    if rows is not None:
+        values = torch.empty_like(values).index_copy_(0, rows, values)
+    return name, values + norm_shift(name, family) if family.norm_shift else values

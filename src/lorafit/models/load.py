@@ -16,6 +16,7 @@ from lorafit.models import keymap
 from lorafit.models.base import Base
 from lorafit.models.directory import load_directory
 from lorafit.models.gguf import model_from_gguf
+from lorafit.models.longrope import settle_rotary
 from lorafit.models.pull import EMBEDDED, pull
 from lorafit.models.tokenizer import tokenizer_from_gguf
 
@@ -61,7 +62,9 @@ def load_base(model: str | Path, *, compute: Compute = "auto") -> Base:
     dtype = compute_dtype(compute)
     _settle_sines()
     if path.is_dir():
-        return load_directory(path, dtype)
+        base = load_directory(path, dtype)
+        settle_rotary(base.model, str(path))
+        return base
     stamp = take_stamp(path)
     file = GGUFFile.open(path)
     licence = str(file.metadata.get("general.license", "not stated"))

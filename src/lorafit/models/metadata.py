@@ -74,18 +74,26 @@ class Metadata:
         self._read.add(key)
         return self._values.get(self.prefix + key)
 
-    def check_rest(self) -> None:
+    def check_rest(self, switches: Mapping[str, bool]) -> None:
         """Refuse what was not read and may have an effect.
+
+        Args:
+            switches: Keys of which one value has none.
 
         Raises:
             ModelError: There is such a key.
         """
+        switches = {"attention.causal": True, **switches}
         for name, value in self._values.items():
             key = name.removeprefix(self.prefix)
-            if name == key or key in self._read or key in _WITHOUT_EFFECT:
+            if name == key or key in self._read:
                 continue
-            switched_off = isinstance(value, int | float | str) and not value
-            if key == "attention.causal":
-                switched_off = value is True
-            if not switched_off:
-                raise ModelError(f"{self.where}: {name} is not supported; it may change what the model computes")
+            if key in switches:
+                harmless = value is switches[key]
+            else:  # what is zero, false or empty is switched off
+                harmless = key in _WITHOUT_EFFECT or (isinstance(value, int | float | str) and not value)
+            if not harmless:
+                shown = value if isinstance(value, int | float) else f"a {type(value).__name__}"
+                raise ModelError(
+                    f"{self.where}: {name} ({shown}) is not supported; it may change what the model computes"
+                )

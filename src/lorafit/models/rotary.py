@@ -1,4 +1,4 @@
-"""Rotary embeddings: how GGUF describes them, and making them anew for a model that was built without memory.
+"""Rotary embeddings: how GGUF describes them, and how transformers does.
 
 A pair of dimensions of a head at position p is rotated by p·f. The frequencies f are theta^(-2j/d) for pair j, and
 longer contexts scale them: all alike (``linear``), the slow ones only (``yarn``, arXiv 2309.00071), each by a factor of
@@ -12,8 +12,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from lorafit.errors import ModelError
 from lorafit.models.families import Family
@@ -21,9 +21,6 @@ from lorafit.models.metadata import Metadata
 
 # Tensors that are no weights of the model, but go into its rotary embedding.
 FACTORS, LONG_FACTORS, SHORT_FACTORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
-
-
-_BETAS = (("fast", 32.0), ("slow", 1.0))
 
 
 def rope_parameters(
@@ -64,32 +61,81 @@ def _scaling(
     kind = metadata.text("rope.scaling.type", "linear")
     original = metadata.get("rope.scaling.original_context_length", int, fields["max_position_embeddings"])
     magnitude = metadata.get("rope.scaling.attn_factor", float, 1.0)
-    fast, slow = (metadata.get(f"rope.scaling.yarn_beta_{end}", float, usual) for end, usual in _BETAS)
-    if "longrope" in family.scalings and (LONG_FACTORS in factors or kind == "longrope"):
-        if kind not in ("linear", "longrope") or factor != 1.0:
-            raise ModelError(f"{where}: rotary scaling {kind[:40]!r} by {factor} and {LONG_FACTORS} exclude each other")
-        return {
-            "rope_type": "longrope",
-            "attention_factor": magnitude,
-            "original_max_position_embeddings": original,
-            "long_factor": _divisors(factors, LONG_FACTORS, rotated // 2, where).tolist(),
-            "short_factor": _divisors(factors, SHORT_FACTORS, rotated // 2, where).tolist(),
-        }
+    stretched = "longrope" in family.scalings and (kind == "longrope" or LONG_FACTORS in factors)
     if kind not in ("none", *family.scalings) and (kind, factor) != ("linear", 1.0):
         known = ", ".join(("none", *family.scalings))
         raise ModelError(f"{where}: rotary scaling {kind[:40]!r} is not supported ({known} are)")
+    if (stretched or FACTORS in factors) and (kind == "yarn" or (stretched and (kind == "none" or factor != 1.0))):
+        names = ", ".join(sorted(factors))
+        raise ModelError(f"{where}: rotary scaling {kind!r} by {factor:g} besides {names} is not supported")
+    if stretched:
+        long, short = (_divisors(factors, name, rotated // 2, where) for name in (LONG_FACTORS, SHORT_FACTORS))
+        return _longrope(long, short, original, fields, magnitude)
     if kind == "yarn":
-        return {
-            "rope_type": "yarn",
-            "factor": factor,
-            "original_max_position_embeddings": original,
-            "beta_fast": fast,
-            "beta_slow": slow,
-            "attention_factor": magnitude * (1.0 + 0.1 * math.log(max(factor, 1.0))),
-        }
+        return _yarn(metadata, factor, original, magnitude)
     if magnitude != 1.0:
         raise ModelError(f"{where}: {prefix}rope.scaling.attn_factor is not supported")
-    return {"rope_type": "linear", "factor": factor} if kind == "linear" and factor != 1.0 else {}
+    factor = factor if kind == "linear" else 1.0
+    if FACTORS in factors:
+        divisors = _divisors(factors, FACTORS, rotated // 2, where)
+        theta = metadata.get("rope.freq_base", float, 10000.0)
+        return _as_llama3(divisors, theta, original, factor) or _longrope(
+            divisors * factor, divisors * factor, original, fields, 1.0
+        )
+    return {"rope_type": "linear", "factor": factor} if factor != 1.0 else {}
+
+
+def _yarn(metadata: Metadata, factor: float, original: int, magnitude: float) -> dict[str, Any]:
+    usual = 1.0 + 0.1 * math.log(max(factor, 1.0))
+    # llama.cpp does not look at these in the families that are supported, transformers would.
+    for name, value in {"attn_factor": usual, "beta_fast": 32.0, "beta_slow": 1.0, "ext_factor": 1.0}.items():
+        found = metadata.get(f"rope.scaling.yarn_{name}", float, value)
+        if abs(found - value) > 1e-3:
+            raise ModelError(f"{metadata.where}: {metadata.prefix}rope.scaling.yarn_{name} = {found} is not supported")
+    return {
+        "rope_type": "yarn",
+        "factor": factor,
+        "original_max_position_embeddings": original,
+        "attention_factor": magnitude * usual,
+    }
+
+
+def _longrope(
+    long: Tensor, short: Tensor, original: int, fields: Mapping[str, Any], magnitude: float
+) -> dict[str, Any]:
+    return {
+        "rope_type": "longrope",
+        "factor": max(1.0, fields["max_position_embeddings"] / original),
+        "original_max_position_embeddings": original,
+        "attention_factor": magnitude,
+        "long_factor": long.tolist(),
+        "short_factor": short.tolist(),
+    }
+
+
+def _as_llama3(divisors: Tensor, theta: float, original: int, factor: float) -> dict[str, Any] | None:
+    """The parameters of llama 3.1's rule, if these divisors come from it with its usual bounds."""
+    largest = float(divisors.max())
+    for context in (8192, original):
+        parameters = {
+            "rope_type": "llama3",
+            "factor": largest,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": context,
+        }
+        if factor == 1.0 and torch.allclose(divisors, _llama3_divisors(parameters, theta, len(divisors)), rtol=1e-4):
+            return parameters
+    return None
+
+
+def _llama3_divisors(parameters: Mapping[str, Any], theta: float, count: int) -> Tensor:
+    """1 for short waves, ``factor`` for waves longer than the original context, and between them a transition."""
+    low, high, factor = (parameters[name] for name in ("low_freq_factor", "high_freq_factor", "factor"))
+    waves = 2 * math.pi * theta ** (torch.arange(count, dtype=torch.float64) / count)
+    turns = parameters["original_max_position_embeddings"] / waves
+    smooth = ((turns - low) / (high - low)).clamp(0.0, 1.0)
+    return (1.0 / ((1.0 - smooth) / factor + smooth)).float()
 
 
 def _divisors(factors: Mapping[str, Tensor], name: str, wanted: int, where: str) -> Tensor:
@@ -102,10 +148,57 @@ def _divisors(factors: Mapping[str, Tensor], name: str, wanted: int, where: str)
     return found
 
 
-def restore_rotary(model: PreTrainedModel, factors: Mapping[str, Tensor], where: str) -> None:
-    """Rotary frequencies are computed, not stored: build them anew off the meta device, with the file's factors."""
-    rotary = type(model.model.rotary_emb)(model.config)
-    if FACTORS in factors:
-        rotary.inv_freq = rotary.inv_freq / _divisors(factors, FACTORS, len(rotary.inv_freq), where)
-        rotary.original_inv_freq = rotary.inv_freq.clone()
-    model.model.rotary_emb = rotary
+def rope_metadata(config: Any, family: Family) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The inverse of :func:`rope_parameters`: keys without the architecture's prefix, and tensors of factors.
+
+    Raises:
+        ModelError: llama.cpp has no such rotary embedding in this family.
+    """
+    parameters = config.rope_parameters
+    keys: dict[str, Any] = {}
+    if family.local_rotary:
+        local, parameters = parameters["sliding_attention"], parameters["full_attention"]
+        keys["rope.freq_base_swa"] = float(local["rope_theta"])
+        if local["rope_type"] != "default":
+            raise ModelError(f"GGUF has no rotary scaling {local['rope_type']!r} for {family.model_type}'s windows")
+    kind, theta = parameters["rope_type"], float(parameters["rope_theta"])
+    rotated = int(config.head_dim * parameters.get("partial_rotary_factor", 1.0))
+    keys |= {"rope.freq_base": theta, "rope.dimension_count": rotated}
+    original = parameters.get("original_max_position_embeddings")
+    possible = {"default", *family.scalings, *(["llama3"] if family.rotary_factors else [])}
+    if kind not in possible:
+        raise ModelError(f"GGUF has no rotary scaling {kind!r} for {family.model_type}")
+    if kind == "linear":
+        keys |= {"rope.scaling.type": kind, "rope.scaling.factor": float(parameters["factor"])}
+    if kind == "yarn":
+        keys |= _yarn_keys(parameters)
+    if kind == "llama3":
+        return keys, {FACTORS: _llama3_divisors(parameters, theta, rotated // 2)}
+    if kind != "longrope":
+        return keys, {}
+    long, short = (torch.tensor(parameters[f"{length}_factor"]) for length in ("long", "short"))
+    magnitude = parameters.get("attention_factor")
+    if magnitude is None:
+        factor = parameters.get("factor") or config.max_position_embeddings / original
+        magnitude = math.sqrt(1.0 + math.log(max(factor, 1.0)) / math.log(original))
+    if family.rotary_factors and magnitude == 1.0 and long.equal(short):
+        return keys, {FACTORS: long}
+    keys |= {"rope.scaling.original_context_length": original, "rope.scaling.attn_factor": magnitude}
+    if family.rotary_factors:  # Phi-3's files do not say so
+        keys["rope.scaling.type"] = kind
+    return keys, {LONG_FACTORS: long, SHORT_FACTORS: short}
+
+
+def _yarn_keys(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    usual = {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": True, "mscale": None, "mscale_all_dim": None}
+    for name, value in usual.items():
+        if parameters.get(name) not in (None, value):
+            raise ModelError(f"GGUF has no place for rope_parameters[{name!r}] = {parameters[name]}")
+    factor = float(parameters["factor"])
+    magnitude = (parameters.get("attention_factor") or 0.0) / (1.0 + 0.1 * math.log(max(factor, 1.0))) or 1.0
+    return {
+        "rope.scaling.type": "yarn",
+        "rope.scaling.factor": factor,
+        "rope.scaling.original_context_length": parameters["original_max_position_embeddings"],
+        "rope.scaling.attn_factor": magnitude,
+    }
