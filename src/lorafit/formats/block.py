@@ -113,3 +113,8 @@ def joined(integers: Tensor, width: int) -> Tensor:
 def nibbles(packed: Tensor) -> Tensor:
     """Integers of 4 bits, all low halves before all high ones: uint8 [..., k] -> uint8 [..., 2 k]."""
     return fields(packed, 4).flatten(-2)
+
+
+def looked_up(table: Tensor, codes: Tensor) -> Tensor:
+    """Entries of a table on any device: [m, ...] and integers [...] -> [..., ...]."""
+    return table.to(codes.device).index_select(0, codes.flatten().int()).view(*codes.shape, *table.shape[1:])

@@ -22,7 +22,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lorafit.formats.block import BlockFormat, FloatType, fields, half, joined, nibbles
+from lorafit.formats.block import BlockFormat, FloatType, fields, half, joined, looked_up, nibbles
 
 _IQ4 = torch.tensor([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], dtype=torch.int8)
 
@@ -34,23 +34,19 @@ _POWERS = torch.tensor([2.0 ** (e - 128) for e in range(256)])
 _POWER = FloatType("u1", 0xFF, 253)
 
 
-def _looked_up(table: Tensor, codes: Tensor) -> Tensor:
-    return table.to(codes.device)[codes.int()]
-
-
 def _unpack_iq4_nl(blocks: Tensor) -> Tensor:
-    return half(blocks, 0) * _looked_up(_IQ4, nibbles(blocks[:, 2:]))
+    return half(blocks, 0) * looked_up(_IQ4, nibbles(blocks[:, 2:]))
 
 
 def _unpack_iq4_xs(blocks: Tensor) -> Tensor:
     low, high = (fields(blocks[:, at:end], 8 // parts) for at, end, parts in ((4, 8, 2), (2, 4, 4)))
     s = (low.transpose(1, 2).flatten(1) | high.transpose(1, 2).flatten(1) << 4).to(torch.int8) - 32
     codes = nibbles(blocks[:, 8:].unflatten(1, (8, 16)))
-    return ((half(blocks, 0) * s).unsqueeze(-1) * _looked_up(_IQ4, codes)).flatten(1)
+    return ((half(blocks, 0) * s).unsqueeze(-1) * looked_up(_IQ4, codes)).flatten(1)
 
 
 def _unpack_mxfp4(blocks: Tensor) -> Tensor:
-    return _looked_up(_POWERS, blocks[:, :1]) * _looked_up(_MXFP4, nibbles(blocks[:, 1:]))
+    return looked_up(_POWERS, blocks[:, :1]) * looked_up(_MXFP4, nibbles(blocks[:, 1:]))
 
 
 def _pack_mxfp4(weights: Tensor) -> Tensor:
@@ -60,7 +56,7 @@ def _pack_mxfp4(weights: Tensor) -> Tensor:
     """
     largest = weights.abs().amax(1, keepdim=True)
     e = (largest.log2().floor() + 125).clamp(min=0).to(torch.uint8)
-    magnitude = torch.bucketize(weights.abs() / _looked_up(_POWERS, e), _HALFWAY.to(weights.device), out_int32=True)
+    magnitude = torch.bucketize(weights.abs() / looked_up(_POWERS, e), _HALFWAY.to(weights.device), out_int32=True)
     codes = magnitude + 8 * ((weights < 0) & (magnitude > 0))
     return torch.cat((e, joined(codes.to(torch.uint8).unflatten(1, (2, 16)), 4)), dim=1)
 

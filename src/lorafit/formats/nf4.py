@@ -9,9 +9,9 @@ NF4_DQ  33     code of the absmax, codes[32]
 FP4_DQ  33     code of the absmax, codes[32]
 ======  =====  ===============================================
 
-Byte i of ``codes`` holds the code of weight 2i in its upper and of weight 2i + 1 in its lower half. A weight is absmax
-· table[code], one float32 product. NF4's table has the quantiles of the normal distribution; FP4's numbers have a sign,
-two bits of exponent and one of mantissa.
+Byte i of ``codes`` holds the code of weight 2i in its upper and of weight 2i + 1 in its lower half. A weight is
+table[code] times absmax, one float32 product. NF4's table has the quantiles of the normal distribution; FP4's numbers
+have a sign, two bits of exponent and one of mantissa.
 
 Double quantisation stores the absmax in 8 bits too. The mean of all of a tensor's absmax is subtracted; 256 consecutive
 blocks (``SHARED``, row-major over the whole tensor) share a scale, their largest magnitude then; and a code is a place
@@ -35,7 +35,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from lorafit.formats.block import FLOAT, SHARED, BlockFormat, as_bytes
+from lorafit.formats.block import FLOAT, SHARED, BlockFormat, as_bytes, looked_up
 
 _NF4 = torch.tensor(
     [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
@@ -68,8 +68,8 @@ def _nearest(table: Tensor, values: Tensor) -> Tensor:
 
 def _unpack_codes(codes: Tensor, table: Tensor) -> Tensor:
     """uint8 [n, 32] -> float32 [n, 64]; a byte looks up its two weights at once."""
-    pairs = torch.stack((table.repeat_interleave(16), table.repeat(16)), dim=1).to(codes.device)
-    return pairs[codes.int()].flatten(1)
+    pairs = torch.stack((table.repeat_interleave(16), table.repeat(16)), dim=1)
+    return looked_up(pairs, codes).flatten(1)
 
 
 def _unpack(blocks: Tensor, table: Tensor) -> Tensor:
@@ -77,7 +77,7 @@ def _unpack(blocks: Tensor, table: Tensor) -> Tensor:
 
 
 def _unpack_double(blocks: Tensor, constants: Tensor, index: Tensor, table: Tensor) -> Tensor:
-    absmax = DYNAMIC.to(blocks.device)[blocks[:, 0].int()] * constants[1 + index // SHARED] + constants[0]
+    absmax = looked_up(DYNAMIC, blocks[:, 0]) * constants[1 + index // SHARED] + constants[0]
     return absmax.unsqueeze(1) * _unpack_codes(blocks[:, 1:], table)
 
 
@@ -85,7 +85,7 @@ def _pack(weights: Tensor, table: Tensor) -> Tensor:
     absmax = weights.abs().amax(1, keepdim=True)
     scaled = (weights * (1 / absmax.clamp(min=1e-38))).clamp(-1, 1)
     ascending, order = table.sort(stable=True)
-    codes = order.to(torch.uint8).to(weights.device)[_nearest(ascending, scaled)]
+    codes = looked_up(order.to(torch.uint8), _nearest(ascending, scaled))
     return torch.cat((as_bytes(absmax), codes[:, 0::2] << 4 | codes[:, 1::2]), dim=1)
 
 
