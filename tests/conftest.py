@@ -5,9 +5,8 @@ from pathlib import Path
 
 import pytest
 
-# Before torch and numba are imported: tiny tensors get slower with many threads, and CI has two cores.
-for _variable in ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS"):
-    os.environ.setdefault(_variable, str(min(os.cpu_count() or 1, 4)))
+# Before torch is imported: tiny tensors get slower with many threads, and CI has two cores.
+os.environ.setdefault("OMP_NUM_THREADS", str(min(os.cpu_count() or 1, 4)))
 # Importing lorafit does this too, but a test may import torch first.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 os.environ["HF_HUB_OFFLINE"] = "1"

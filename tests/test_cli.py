@@ -16,7 +16,7 @@ from lorafit.config import TrainConfig, read_settings
 from lorafit.errors import ConfigError, MissingFileError
 
 COMMANDS = ("train", "preview", "evaluate", "generate", "chat", "merge", "pull")
-HEAVY = ("torch", "transformers", "tokenizers", "numba", "numpy", "matplotlib")
+HEAVY = ("torch", "transformers", "tokenizers", "llvmlite", "numpy", "matplotlib")
 
 
 def parse(*words: str) -> dict[str, object]:

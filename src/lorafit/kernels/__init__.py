@@ -1,7 +1,7 @@
 """Operations on packed weights, each declared once here and carried out by a backend.
 
-``reference`` is readable torch and defines what is right; ``cpu`` compiles vector code with numba. Backends agree to
-the last bit for dequantisation, and the tests hold them to it.
+``reference`` is readable torch and defines what is right; ``cpu`` compiles vector code with LLVM, ``cuda`` has kernels
+in Triton. Backends agree to the last bit for dequantisation, and the tests hold them to it.
 
 A packed weight is described by its blocks, uint8 [rows, row_bytes] in the file's row order, and optionally by
 
@@ -13,6 +13,7 @@ A packed weight is described by its blocks, uint8 [rows, row_bytes] in the file'
 
 from __future__ import annotations
 
+from functools import cache
 from types import ModuleType
 
 import torch
@@ -23,11 +24,8 @@ from lorafit.kernels import reference
 
 try:
     from lorafit.kernels import cpu
-except ImportError:  # without numba, or on a processor that it cannot serve, everything works, slower
+except ImportError:  # without llvmlite, or on a processor that it cannot serve, everything works, slower
     cpu = None  # type: ignore[assignment]
-
-
-_SHARED = 256  # blocks of a double-quantised tensor that share a scale
 
 
 def dequantize(
@@ -55,7 +53,8 @@ def dequantize(
         [rows, width] of ``dtype``.
 
     Raises:
-        IndexError: ``rows`` asks for a row that is not there.
+        IndexError: ``rows`` asks for a row that is not there. On a GPU, which would have to be waited for, such a row
+            is NaN, or stops the device.
     """
     shape = _checked_shape(blocks, block_format(format_name), rows, offsets, constants)
     if out is None:
@@ -92,12 +91,13 @@ def linear(
     """
     shape = _checked_shape(blocks, block_format(format_name), rows, offsets, constants)
     assert x.shape[1:] == shape[1:], "a vector as wide as the weight"
-    return _backend(blocks, format_name, torch.float32).linear(x, blocks, format_name, rows, offsets, constants)
+    fused = cpu if fuses_linear(blocks, format_name) else reference
+    return fused.linear(x, blocks, format_name, rows, offsets, constants)
 
 
 def fuses_linear(blocks: Tensor, format_name: str) -> bool:
     """Whether ``linear`` runs without unpacking the weight on this device and format."""
-    return _backend(blocks, format_name, torch.float32) is not reference
+    return _backend(blocks, format_name, torch.float32) is cpu is not None
 
 
 def _checked_shape(
@@ -106,7 +106,7 @@ def _checked_shape(
     """The weight's shape. Compiled code reads wherever it is told to, so every claim is checked here."""
     groups = blocks.shape[1] // block.nbytes
     assert blocks.dtype == torch.uint8 and blocks.shape[1] == groups * block.nbytes, "whole blocks"
-    if rows is not None and len(rows):
+    if rows is not None and len(rows) and not rows.is_cuda:
         low, high = (int(end) for end in torch.aminmax(rows))
         if low < 0 or high >= blocks.shape[0]:
             wrong = low if low < 0 else high
@@ -115,15 +115,26 @@ def _checked_shape(
     if offsets is not None:
         assert block.offset_at is not None, f"{block.name} has no offsets"
         assert offsets.shape == (count, groups) and offsets.dtype == torch.float16, "one half for each block"
-    if constants is not None:
-        scales = -(-blocks.shape[0] * groups // _SHARED)
-        assert constants.shape == (1 + scales,) and constants.dtype == torch.float32, (
-            "a mean, then one scale for 256 blocks"
-        )
+    expected = block.constants(blocks.shape[0] * groups)
+    assert (0 if constants is None else constants.numel()) == expected, f"{expected} constants for {block.name}"
+    assert constants is None or constants.dtype == torch.float32
     return count, groups * block.elements
 
 
 def _backend(blocks: Tensor, format_name: str, dtype: torch.dtype) -> ModuleType:
-    if cpu is not None and blocks.device.type == "cpu" and cpu.supports(format_name, dtype):
+    if blocks.is_cuda:
+        cuda = _cuda()
+        return cuda if cuda is not None and cuda.supports(format_name, dtype) else reference
+    if cpu is not None and blocks.device.type == "cpu" and cpu.supports(blocks, format_name, dtype):
         return cpu
     return reference
+
+
+@cache
+def _cuda() -> ModuleType | None:
+    """The Triton kernels, which take a second to import and which not every installation of torch can run."""
+    try:
+        from lorafit.kernels import cuda
+    except ImportError:
+        return None
+    return cuda

@@ -19,6 +19,8 @@ def dequantize(
     out: Tensor,
 ) -> None:
     """Write the weight into ``out`` [rows, width]."""
+    if out.numel() == 0:
+        return
     block = block_format(format_name)
     unpack: Callable[..., Tensor] = block.unpack
     height, groups = blocks.shape[0], blocks.shape[1] // block.nbytes
