@@ -139,7 +139,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     ),
     "gemma3, no windows": (
         "gemma3",
-        {"layer_types": ["full_attention"] * 7},
+        {"layer_types": ["full_attention"] * 7, "sliding_window": 256},
         {"metadata": {"attention.sliding_window": None}},
     ),
     "gemma3, capped": ("gemma3", {"final_logit_softcapping": 3.0}, {"metadata": {"final_logit_softcapping": 3.0}}),

@@ -130,7 +130,5 @@ def metadata_of(config: PreTrainedConfig) -> tuple[dict[str, Any], dict[str, Ten
 
 def _window_keys(layer_types: Sequence[str], period: int) -> dict[str, Any]:
     windowed = [kind == "sliding_attention" for kind in layer_types]
-    if not any(windowed):
-        return {"attention.sliding_window": 0}
     usual = [(i + 1) % period != 0 for i in range(len(windowed))]
     return {} if windowed == usual else {"attention.sliding_window_pattern": windowed}

@@ -92,12 +92,8 @@ def _yarn(metadata: Metadata, factor: float, original: int, magnitude: float) ->
         found = metadata.get(f"rope.scaling.yarn_{name}", float, value)
         if abs(found - value) > 1e-3:
             raise ModelError(f"{metadata.where}: {metadata.prefix}rope.scaling.yarn_{name} = {found} is not supported")
-    return {
-        "rope_type": "yarn",
-        "factor": factor,
-        "original_max_position_embeddings": original,
-        "attention_factor": magnitude * usual,
-    }
+    parameters = {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original}
+    return parameters if magnitude == 1.0 else parameters | {"attention_factor": magnitude * usual}
 
 
 def _longrope(
@@ -195,10 +191,11 @@ def _yarn_keys(parameters: Mapping[str, Any]) -> dict[str, Any]:
         if parameters.get(name) not in (None, value):
             raise ModelError(f"GGUF has no place for rope_parameters[{name!r}] = {parameters[name]}")
     factor = float(parameters["factor"])
-    magnitude = (parameters.get("attention_factor") or 0.0) / (1.0 + 0.1 * math.log(max(factor, 1.0))) or 1.0
-    return {
+    keys = {
         "rope.scaling.type": "yarn",
         "rope.scaling.factor": factor,
         "rope.scaling.original_context_length": parameters["original_max_position_embeddings"],
-        "rope.scaling.attn_factor": magnitude,
     }
+    if magnitude := parameters.get("attention_factor"):
+        keys["rope.scaling.attn_factor"] = magnitude / (1.0 + 0.1 * math.log(max(factor, 1.0)))
+    return keys
