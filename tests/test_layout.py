@@ -20,6 +20,7 @@ ORDER = [
     "evaluation",
     "training",
     "merging",
+    "exporting",
     "commands",
     "cli",
 ]

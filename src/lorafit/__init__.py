@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lorafit import formats as formats
     from lorafit import nn as nn
+    from lorafit.commands.export import export as export
     from lorafit.commands.merge import merge as merge
     from lorafit.commands.train import train as train
     from lorafit.config import LoRA as LoRA
@@ -37,6 +38,7 @@ _HOME = {
     "QLoRA": "lorafit.config",
     "TrainConfig": "lorafit.config",
     "attach": "lorafit.modules.attach",
+    "export": "lorafit.commands.export",
     "formats": None,
     "load": "lorafit.models.load",
     "merge": "lorafit.commands.merge",
@@ -44,7 +46,20 @@ _HOME = {
     "train": "lorafit.commands.train",
 }
 
-__all__ = ["LoRA", "QALoRA", "QLoRA", "TrainConfig", "__version__", "attach", "formats", "load", "merge", "nn", "train"]
+__all__ = [
+    "LoRA",
+    "QALoRA",
+    "QLoRA",
+    "TrainConfig",
+    "__version__",
+    "attach",
+    "export",
+    "formats",
+    "load",
+    "merge",
+    "nn",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:

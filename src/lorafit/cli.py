@@ -62,6 +62,7 @@ _COMMANDS = {
     "generate": "Answer one prompt.",
     "chat": "Talk with a model or a run.",
     "merge": "Write the tuned model as one file, with a certificate that it is the model that was trained.",
+    "export": "Unpack a quantised model into a directory of safetensors that transformers loads.",
     "pull": "Fetch an embedded model into the cache.",
 }
 

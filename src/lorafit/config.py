@@ -116,7 +116,10 @@ class TrainConfig:
         data: Training rows: a .jsonl file of {"messages": [...]} or {"prompt": ..., "completion": ...}.
         output: Directory of the run. [default: runs/MODEL-METHOD]
         method: ``qalora`` merges into a 4-bit file without loss, ``lora`` keeps the adapter beside the base, ``qlora``
-            is lora beside a quantised base. By default qalora where the base has block offsets, else lora.
+            is lora beside a quantised base, and quantises a full-precision one to nf4. By default qalora where the base
+            has block offsets, qlora with --quantize, else lora.
+        quantize: Quantise the linear layers of a full-precision base while it is loaded: ``nf4`` or ``fp4`` (blocks of
+            64, their scales quantised too), ``q4_1`` or ``q5_1`` (which qalora can train), ``q8_0``.
         rank: Rank of the adapter.
         alpha: The adapter is scaled by alpha/rank.
         scaling: ``standard`` is alpha/rank, ``rslora`` alpha/sqrt(rank), ``plain`` alpha. Not with --method qalora.
@@ -154,6 +157,7 @@ class TrainConfig:
     _: KW_ONLY
     output: str | None = None
     method: Method | None = None
+    quantize: Quantize | None = None
     rank: int = 16
     alpha: float = 32.0
     scaling: Scaling = "standard"

@@ -10,6 +10,7 @@ from lorafit.cli import app
 from lorafit.config import TrainConfig
 from lorafit.evaluation.loss import Metrics
 from lorafit.modules import Coverage
+from lorafit.modules.size import Size
 from lorafit.training import report
 from lorafit.training.summary import Sample, Summary
 
@@ -21,6 +22,8 @@ def summary(**changes: object) -> Summary:
         "method": "qalora", "trainable_parameters": 1234, "total_parameters": 56789, "steps": 7, "tokens": 9000,
         "trained_tokens": 3000, "seconds": 4.5, "peak_rss_bytes": 2_340_000_000, "compute": "bfloat16",
         "eval_before": Metrics(2.5, math.exp(2.5), 0.25, 400), "eval_after": Metrics(1.25, math.exp(1.25), 0.5, 400),
+        "size": Size(12_345_678, 5.678, 4.127), "quantize": "nf4", "kept": {"layers.0.odd": "its rows are odd"},
+        "second_quantization": "tiny.gguf (Q4_1)",
         "coverage": Coverage("qalora", {"layers.0.q": 1000, "layers.1.q": 234}, frozen, {}, 56789),
         "samples": [Sample("Q | <b>?", "the reference", "<|im_start|>base\nsays", "tuned says")],
     }  # fmt: skip
@@ -39,6 +42,10 @@ def test_the_report_has_the_figures(tmp_path: Path) -> None:
         "Left frozen: `layers.0.odd`, `layers.1.odd`, `layers.2.odd` and 2 more: Q8_0 has no block offsets.",
         "- 7 steps, 9,000 tokens (3,000 of them trained), 4 s, 2,000 tokens/s in bfloat16",
         "- peak resident memory 2.34 GB",
+        "- 12.3 MB, 5.678 bits per parameter; 4.127 in the quantised tensors",
+        "- linear layers quantised to nf4 while they were loaded",
+        "- a second quantisation: these weights were unpacked from tiny.gguf (Q4_1)",
+        "- left as they were: `layers.0.odd`: its rows are odd",
         # Two lines of one answer, whose tag Markdown would swallow.
         "> \\<|im_start|>base\n> says",
         "> tuned says",

@@ -68,7 +68,7 @@ def estimate(config: TrainConfig, *, console: Console | None = None) -> Estimate
     console = console or Console(quiet=True)
     run = Run.prepare(config, resume=False, say=console.print)
     _introduce(run, console)
-    cost = estimate(run.trainer, run.data.training, run.coverage)
+    cost = estimate(run.trainer, run.data.training, run.size, run.coverage)
     memory = cost.peak_rss_bytes
     console.fields(
         "Dry run; nothing was written",
@@ -85,6 +85,8 @@ def estimate(config: TrainConfig, *, console: Console | None = None) -> Estimate
 
 def _introduce(run: Run, console: Console) -> None:
     """Say what will be trained on what."""
+    from lorafit.training.report import describe_base
+
     config, held_out, both = run.config, len(run.rows.held_out), run.rows.both()
     data = f"{config.data}: {_count(len(run.rows.training), 'row')}"
     if held_out:
@@ -94,12 +96,15 @@ def _introduce(run: Run, console: Console) -> None:
         "",
         {
             "model": config.model,
+            "weights": "; ".join(describe_base(run.size, run.base.quantize, run.base.second_quantization)),
             "data": data,
             "method": f"{config.method}, rank {config.rank}, learning rate {config.learning_rate:g}",
             "compute": str(run.base.compute).removeprefix("torch."),
             "run": f"{_count(run.last_step, 'step')} of {_count(config.batch_size, 'row')} -> {config.output}",
         },
     )
+    for name, why in run.base.kept.items():
+        console.print(f"{name} stays as it is: {why}.")
     console.coverage(run.coverage)
 
 

@@ -89,10 +89,20 @@ def _pack(weights: Tensor, table: Tensor) -> Tensor:
     return torch.cat((as_bytes(absmax), codes[:, 0::2] << 4 | codes[:, 1::2]), dim=1)
 
 
+def _mean(values: Tensor) -> Tensor:
+    """The mean in one thread: with another number of them torch adds up in another order and rounds otherwise."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return values.mean()
+    finally:
+        torch.set_num_threads(threads)
+
+
 def _compress(blocks: Tensor) -> tuple[Tensor, Tensor]:
     """Blocks [n, 36] with a float32 absmax -> blocks [n, 33] and constants."""
     absmax = blocks[:, :4].contiguous().view(torch.float32).flatten()
-    mean = absmax.mean()
+    mean = _mean(absmax)
     centred = torch.nn.functional.pad(absmax - mean, (0, -len(absmax) % SHARED)).view(-1, SHARED)
     scales = centred.abs().amax(1, keepdim=True)
     # Not a number where a scale is 0, or so small that its inverse overflows: that gets code 0.

@@ -108,6 +108,11 @@ def _detect(run: Path) -> tuple[Base, TrainConfig, str]:
             f"{run} was trained with --method {record.config.method}, whose update does not fit into the blocks "
             f"of a GGUF file; ship {adapter} beside the base, or train with --method qalora"
         )
+    if record.quantize:
+        raise MergeError(
+            f"{run} was trained on {record.base} as it is after --quantize {record.quantize}: there is no GGUF file of "
+            f"these blocks to merge into; ship {adapter} beside the base"
+        )
     config = TrainConfig(**read_settings(run / "config.yaml"))
     base = load_base(record.base, compute=config.compute)
     if not base.path.is_file():

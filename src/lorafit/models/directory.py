@@ -1,24 +1,32 @@
-"""A directory in Hugging Face's layout: config.json, safetensors, a tokenizer. transformers' own loader reads it."""
+"""A directory in Hugging Face's layout: config.json, safetensors, a tokenizer."""
 
 from __future__ import annotations
 
 import json
 import logging
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from lorafit.config import Quantize
+from lorafit.containers.safetensors import SafetensorsDirectory
 from lorafit.containers.stamp import take_stamp
-from lorafit.errors import ModelError
+from lorafit.errors import FormatError, ModelError
+from lorafit.formats import block_format
 from lorafit.models import keymap
 from lorafit.models.base import Base
 from lorafit.models.problems import raise_problems
+from lorafit.models.skeleton import empty_model
+from lorafit.models.streaming import fill_model
+
+# Where config.json says what an exported model was unpacked from: the file's name and hash, and each tensor's format.
+ORIGIN = "lorafit_origin"
 
 # Settings of config.json that change what a model computes or how it is stored, and that lorafit does not carry out.
 _UNSUPPORTED = {
@@ -28,17 +36,48 @@ _UNSUPPORTED = {
 }
 
 
-def load_directory(path: Path, dtype: torch.dtype) -> Base:
-    """Load a directory as transformers does.
+def load_directory(path: Path, dtype: torch.dtype, quantize: Quantize | None = None) -> Base:
+    """Load a directory.
+
+    A checkpoint that bitsandbytes quantised, and one that is to be quantised, is read tensor by tensor
+    (`lorafit.models.streaming`); any other as transformers does.
 
     Args:
         path: With config.json, safetensors and a tokenizer.
-        dtype: Type of all parameters.
+        dtype: Type of all parameters that are not packed.
+        quantize: What to quantise the linear layers to.
 
     Raises:
-        ModelError: Something is missing, broken, or not what lorafit can use.
+        ContainerError: A file is broken.
+        ModelError: Something is missing, broken, or not what lorafit can use; or it is quantised already.
     """
     stamp = take_stamp(path)
+    fields = read_fields(path)
+    if quantize and not is_full_precision(fields):
+        raise ModelError(
+            f"{path} is quantised already, and rounding it again would lose more; train it as it is, without "
+            "--quantize, or quantise the original"
+        )
+    with _quiet_transformers():
+        if quantize or not is_full_precision(fields):
+            model, kept = _stream(path, dtype, quantize)
+        else:
+            model, kept = _load_plain(path, dtype), {}
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        except Exception as error:
+            raise ModelError(f"{path}: its tokenizer cannot be loaded: {_in_one_line(error)}") from error
+    model.requires_grad_(False).eval()
+    origin = _quantized_origin(fields)
+    return Base(model, tokenizer, path, dtype, stamp, quantize=quantize, kept=kept, origin=origin)
+
+
+def read_fields(path: Path) -> dict[str, Any]:
+    """The settings in config.json, if lorafit can carry them out.
+
+    Raises:
+        ModelError: There are none, or one of them cannot be.
+    """
     config_file = path / "config.json"
     if not config_file.is_file():
         raise ModelError(f"{path} is neither a model nor a run: it has no config.json and no adapter/")
@@ -50,26 +89,56 @@ def load_directory(path: Path, dtype: torch.dtype) -> Base:
         raise ModelError(f"{config_file} is not a JSON object")
     keymap.family_of_model(fields.get("model_type"), str(path))
     for name, why in _UNSUPPORTED.items():
-        if fields.get(name):
+        if fields.get(name) and not (name == "quantization_config" and _is_bitsandbytes(fields[name])):
             raise ModelError(f"{config_file} sets {name}: {why}")
     if not list(path.glob("*.safetensors")):
         raise ModelError(f"{path} holds no .safetensors file; lorafit does not load pickled weights")
-    with _quiet_transformers():
-        try:
-            # Differences of shape are let through, to be reported below together with all others.
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                path, dtype=dtype, use_safetensors=True, trust_remote_code=False,
-                ignore_mismatched_sizes=True, output_loading_info=True,
-            )  # fmt: skip
-        except Exception as error:  # of many kinds: transformers', safetensors', Python's
-            raise ModelError(f"{path} cannot be loaded: {_in_one_line(error)}") from error
-        model, report = loaded
-        _check_report(path, report)
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-        except Exception as error:
-            raise ModelError(f"{path}: its tokenizer cannot be loaded: {_in_one_line(error)}") from error
-    return Base(model.requires_grad_(False).eval(), tokenizer, path, dtype, stamp)
+    return fields
+
+
+def is_full_precision(fields: Mapping[str, Any]) -> bool:
+    """Whether the weights beside this config.json are numbers that nobody quantised."""
+    return not fields.get("quantization_config")
+
+
+def _is_bitsandbytes(settings: object) -> bool:
+    return isinstance(settings, dict) and settings.get("quant_method") == "bitsandbytes"
+
+
+def _quantized_origin(fields: Mapping[str, Any]) -> str | None:
+    """The quantised file that `lorafit export` unpacked into this directory; None for weights of another origin."""
+    try:
+        origin = fields[ORIGIN]
+        formats = sorted({name for name in origin["formats"].values() if block_format(name).elements > 1})
+        return f"{origin['file']} ({', '.join(formats)})" if formats else None
+    except (KeyError, TypeError, AttributeError, FormatError):
+        return None
+
+
+def _stream(path: Path, dtype: torch.dtype, quantize: Quantize | None) -> tuple[PreTrainedModel, dict[str, str]]:
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        model = empty_model(config, dtype)
+    except Exception as error:
+        raise ModelError(f"{path} cannot be loaded: {_in_one_line(error)}") from error
+    kept = fill_model(model, SafetensorsDirectory.open(path), dtype, quantize)
+    if (path / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(path)
+    return model, kept
+
+
+def _load_plain(path: Path, dtype: torch.dtype) -> PreTrainedModel:
+    try:
+        # Differences of shape are let through, to be reported below together with all others.
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, use_safetensors=True, trust_remote_code=False,
+            ignore_mismatched_sizes=True, output_loading_info=True,
+        )  # fmt: skip
+    except Exception as error:  # of many kinds: transformers', safetensors', Python's
+        raise ModelError(f"{path} cannot be loaded: {_in_one_line(error)}") from error
+    model, report = loaded
+    _check_report(path, report)
+    return model
 
 
 @contextmanager

@@ -2,36 +2,43 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lorafit.adapters import load_adapter, read_record
-from lorafit.config import Compute
+from lorafit.config import Compute, Quantize
 from lorafit.containers.gguf import GGUFFile
 from lorafit.containers.stamp import take_stamp
-from lorafit.errors import MissingFileError
-from lorafit.models import keymap
+from lorafit.errors import ConfigError, MissingFileError, ModelError
+from lorafit.formats import block_format
+from lorafit.models import directory, keymap
 from lorafit.models.base import Base
-from lorafit.models.directory import load_directory
 from lorafit.models.gguf import model_from_gguf
 from lorafit.models.longrope import settle_rotary
 from lorafit.models.pull import EMBEDDED, pull
+from lorafit.models.quantizing import quantize_model
 from lorafit.models.tokenizer import tokenizer_from_gguf
 
 
-def load(model: str | Path, *, compute: Compute = "auto") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load(
+    model: str | Path, *, compute: Compute = "auto", quantize: Quantize | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a base model, or a run with its adapter.
 
     Args:
         model: ``smollm2-135m``, a .gguf file, a Hugging Face directory, or the directory of a run.
         compute: Arithmetic; ``auto`` is bf16 where the processor multiplies it in hardware, else fp32.
+        quantize: Quantise the linear layers of a full-precision base to this while it is loaded. A run knows how its
+            base was quantised.
 
     Returns:
         The model in evaluation mode and its tokenizer.
 
     Raises:
+        ConfigError: A run is to be quantised otherwise than it was trained.
         MissingFileError: Nothing is there, or the base of the run has gone.
         ContainerError: The file is broken.
         ModelError: The architecture or a tensor is not one that lorafit can use.
@@ -39,19 +46,23 @@ def load(model: str | Path, *, compute: Compute = "auto") -> tuple[PreTrainedMod
     """
     adapter = Path(model) / "adapter"
     if not adapter.is_dir():
-        base = load_base(model, compute=compute)
+        base = load_base(model, compute=compute, quantize=quantize)
         return base.model, base.tokenizer
-    base = load_base(read_record(adapter).base, compute=compute)
+    if quantize:
+        raise ConfigError(f"{model} is a run, which says itself how its base is quantised; leave quantize out")
+    record = read_record(adapter)
+    base = load_base(record.base, compute=compute, quantize=record.quantize)
     load_adapter(base.model, adapter)
     return base.model, base.tokenizer
 
 
-def load_base(model: str | Path, *, compute: Compute = "auto") -> Base:
+def load_base(model: str | Path, *, compute: Compute = "auto", quantize: Quantize | None = None) -> Base:
     """Load a base model.
 
     Args:
         model: ``smollm2-135m``, a .gguf file, or a Hugging Face directory.
         compute: Arithmetic; ``auto`` is bf16 where the processor multiplies it in hardware, else fp32.
+        quantize: Quantise the linear layers of a full-precision base to this.
 
     Raises:
         MissingFileError: Nothing is there.
@@ -62,7 +73,7 @@ def load_base(model: str | Path, *, compute: Compute = "auto") -> Base:
     dtype = compute_dtype(compute)
     _settle_sines()
     if path.is_dir():
-        base = load_directory(path, dtype)
+        base = directory.load_directory(path, dtype, quantize)
         settle_rotary(base.model, str(path))
         return base
     stamp = take_stamp(path)
@@ -70,7 +81,29 @@ def load_base(model: str | Path, *, compute: Compute = "auto") -> Base:
     licence = str(file.metadata.get("general.license", "not stated"))
     keymap.family_of_file(file.metadata, str(path))  # of an unknown one, read nothing else
     tokenizer = tokenizer_from_gguf(file)
-    return Base(model_from_gguf(file, tokenizer, dtype), tokenizer, path, dtype, stamp, licence)
+    if quantize and not _is_full_precision(file):
+        raise ModelError(
+            f"{path} is quantised already; train it as it is, without --quantize, or unpack it by "
+            f"`lorafit export {path} DIRECTORY --format safetensors` and quantise that a second time"
+        )
+    base = Base(model_from_gguf(file, tokenizer, dtype), tokenizer, path, dtype, stamp, licence)
+    return replace(base, quantize=quantize, kept=quantize_model(base.model, quantize, path)) if quantize else base
+
+
+def is_full_precision(model: str | Path) -> bool:
+    """Whether a base can be quantised while it is loaded, told by its header alone.
+
+    Raises:
+        LorafitError: As for loading it.
+    """
+    path = _resolve(model)
+    if path.is_dir():
+        return directory.is_full_precision(directory.read_fields(path))
+    return _is_full_precision(GGUFFile.open(path))
+
+
+def _is_full_precision(file: GGUFFile) -> bool:
+    return all(block_format(info.format).elements == 1 for info in file.tensors.values() if len(info.shape) > 1)
 
 
 def compute_dtype(compute: Compute) -> torch.dtype:

@@ -9,6 +9,7 @@ from typing import Any
 from lorafit.data.chat import Document
 from lorafit.data.packing import rows_of_step, split_passes
 from lorafit.modules import Coverage
+from lorafit.modules.size import Size
 from lorafit.training.loop import Step, Trainer
 from lorafit.training.memory import peak_rss_bytes
 
@@ -25,6 +26,7 @@ class Estimate:
         tokens_per_second: Its rate.
         total_seconds: Time of all steps at that rate.
         peak_rss_bytes: Peak resident memory up to the end of that step; None where it cannot be measured.
+        size: What the weights of the base take.
         coverage: Which layers would be trained.
     """
 
@@ -35,6 +37,7 @@ class Estimate:
     tokens_per_second: float
     total_seconds: float
     peak_rss_bytes: int | None
+    size: Size
     coverage: Coverage
 
     def as_dict(self) -> dict[str, Any]:
@@ -42,7 +45,7 @@ class Estimate:
         return {**asdict(self), "coverage": self.coverage.as_dict()}
 
 
-def estimate(trainer: Trainer, documents: Sequence[Document], coverage: Coverage) -> Estimate:
+def estimate(trainer: Trainer, documents: Sequence[Document], size: Size, coverage: Coverage) -> Estimate:
     """Measure the longest step of a run, after its first one for warm-up. Both move the adapter.
 
     Raises:
@@ -67,5 +70,6 @@ def estimate(trainer: Trainer, documents: Sequence[Document], coverage: Coverage
         tokens_per_second=rate,
         total_seconds=sum(lengths) / rate,
         peak_rss_bytes=peak_rss_bytes(),
+        size=size,
         coverage=coverage,
     )

@@ -12,6 +12,7 @@ from typing import Any
 from lorafit.config import TrainConfig
 from lorafit.containers.atomic import replacing, write_text
 from lorafit.modules import Coverage
+from lorafit.modules.size import Size
 from lorafit.training.summary import Sample, Summary
 
 
@@ -95,6 +96,7 @@ def command_line(config: TrainConfig) -> str:
 def write_report(path: Path, summary: Summary, config: TrainConfig) -> None:
     """Write ``report.md``."""
     lines = [f"# {_title(summary)}", "", *_result(summary), "![loss](loss.png)", ""]
+    lines += ["## Base", "", *_base(summary), ""]
     lines += ["## Coverage", "", *_coverage(summary.coverage), "", *_samples(summary.samples)]
     memory = f"{summary.peak_rss_bytes / 1e9:.2f} GB" if summary.peak_rss_bytes else "not measured on this system"
     lines += [
@@ -136,7 +138,12 @@ def write_model_card(path: Path, summary: Summary, config: TrainConfig) -> None:
         "",
         *_table(
             ["base", ""],
-            [("model", summary.model), ("SHA-256", summary.base_sha256), ("licence", summary.licence)],
+            [
+                ("model", summary.model),
+                ("SHA-256", summary.base_sha256),
+                ("licence", summary.licence),
+                *([("quantised to", f"{summary.quantize}, while it is loaded")] if summary.quantize else []),
+            ],
         ),
         "",
         *_result(summary),
@@ -159,6 +166,32 @@ def _result(summary: Summary) -> list[str]:
     ]
     table = _table(["held out", "loss", "perplexity", "token accuracy"], rows)
     return [*table, "", f"On {summary.eval_after.tokens:,} answer tokens of the rows in `heldout.jsonl`.", ""]
+
+
+def _base(summary: Summary) -> list[str]:
+    return [f"- {line}" for line in describe_base(summary.size, summary.quantize, summary.second_quantization)] + [
+        f"- left as they were: {', '.join(f'`{name}`' for name in names)}: {reason}"
+        for reason, names in _by_reason(summary.kept).items()
+    ]
+
+
+def describe_base(size: Size, quantize: str | None, second: str | None) -> list[str]:
+    """How the weights of the base are kept, a line for each fact."""
+    lines = [f"{size.nbytes / 1e6:,.1f} MB, {size.bits_per_parameter:.3f} bits per parameter"]
+    if size.quantized_bits_per_parameter is not None:
+        lines[0] += f"; {size.quantized_bits_per_parameter:.3f} in the quantised tensors"
+    if quantize:
+        lines.append(f"linear layers quantised to {quantize} while they were loaded")
+    if second:
+        lines.append(f"a second quantisation: these weights were unpacked from {second}")
+    return lines
+
+
+def _by_reason(layers: Mapping[str, str]) -> dict[str, list[str]]:
+    reasons: dict[str, list[str]] = {}
+    for name, reason in layers.items():
+        reasons.setdefault(reason, []).append(name)
+    return reasons
 
 
 def _coverage(coverage: Coverage) -> list[str]:

@@ -26,6 +26,7 @@ from lorafit.models.base import Base
 from lorafit.models.load import load_base
 from lorafit.modules import attach
 from lorafit.modules.qalora import offsets_held
+from lorafit.modules.size import measure_size
 from lorafit.objectives.sft import sft_loss
 from lorafit.training import report, setup
 from lorafit.training.checkpoint import last_checkpoint, restore_checkpoint, save_checkpoint
@@ -45,6 +46,7 @@ class Run:
         base: The model, with the adapter attached.
         rows: What it learns from and is measured on.
         data: The same, tokenised.
+        size: What the weights of the base take.
         coverage: Which layers the adapter covers.
         trainer: Takes the steps.
         directory: Where it is kept.
@@ -67,6 +69,7 @@ class Run:
         self._before: Metrics | None = None
         torch.manual_seed(config.seed)
         self._adapter = setup.adapter_config(config, config.method)
+        self.size = measure_size(base.model)
         self.coverage = attach(base.model, self._adapter)
         self.trainer = Trainer(base.model, sft_loss, config)
 
@@ -93,7 +96,8 @@ class Run:
         elif config.output is not None:
             RunDirectory(config.output).check_free(config)
         rows = setup.read_rows(config)
-        base = load_base(config.model, compute=config.compute)
+        config = setup.choose_quantization(config)
+        base = load_base(config.model, compute=config.compute, quantize=config.quantize)
         data = setup.encode_rows(rows, config, base.model, base.tokenizer)
         config = setup.resolve(config, base.model, rows)
         run = cls(config, base, rows, data, say)
@@ -175,7 +179,7 @@ class Run:
             sha256 = directory.records()[0]["base_sha256"]
             if fingerprint(base.path) != sha256:
                 raise TrainingError(f"{base.path} changed while it was trained on; this run cannot be used, train anew")
-            record = AdapterRecord(self._adapter, lasting_name(self.config.model), sha256)
+            record = AdapterRecord(self._adapter, lasting_name(self.config.model), sha256, base.quantize)
             save_adapter(base.model, directory.adapter, record)
         records = directory.records()
         taken = [record for record in records if "loss" in record]
@@ -195,6 +199,10 @@ class Run:
             compute=str(base.compute).removeprefix("torch."),
             eval_before=self._before,
             eval_after=after,
+            size=self.size,
+            quantize=base.quantize,
+            kept=dict(base.kept),
+            second_quantization=base.second_quantization,
             coverage=self.coverage,
             samples=samples,
         )

@@ -21,6 +21,7 @@ from lorafit.config import (
     Method,
     QALoRA,
     QLoRA,
+    Quantize,
     Scaling,
     TrainConfig,
 )
@@ -30,11 +31,14 @@ from lorafit.data.preview import too_long
 from lorafit.data.readers import Example, read_examples
 from lorafit.errors import ConfigError, DataError
 from lorafit.formats import block_format
+from lorafit.models.load import is_full_precision
+from lorafit.models.quantizing import BLOCK_FORMATS
 from lorafit.modules import PackedLinear
 from lorafit.training.optim import default_learning_rate
 
 _CHOICES = {
     "method": (None, *get_args(Method)),
+    "quantize": (None, *get_args(Quantize)),
     "scaling": get_args(Scaling),
     "frozen_tensors": get_args(FrozenTensors),
     "decay": ("cosine", "linear", "constant"),
@@ -123,6 +127,11 @@ def check_options(config: TrainConfig) -> None:
         raise ConfigError("--truncate needs --max-length, the length to cut at")
     if config.no_eval:
         _refuse_idle(config, ("eval_every", "samples"), "with --no-eval")
+    if config.quantize and config.method == "qalora" and not _has_offsets(BLOCK_FORMATS[config.quantize]):
+        raise ConfigError(
+            f"--quantize {config.quantize} makes blocks without the offsets that --method qalora trains; use q4_1 or "
+            "q5_1, or --method qlora"
+        )
     # Of the methods that may be chosen later, the one that takes more of these settings.
     adapter_config(config, config.method or ("lora" if config.frozen_tensors == "frozen" else "qalora"))
 
@@ -148,6 +157,13 @@ def read_rows(config: TrainConfig) -> Rows:
             "it out, and 5% of the rows are held out"
         )
     return Rows(examples, read_examples(config.eval_data))
+
+
+def choose_quantization(config: TrainConfig) -> TrainConfig:
+    """``--quantize`` as it is given; what ``--method qlora`` trains beside must be quantised, by default to nf4."""
+    if config.quantize is None and config.method == "qlora" and is_full_precision(config.model):
+        return dataclasses.replace(config, quantize="nf4")
+    return config
 
 
 def encode_rows(rows: Rows, config: TrainConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Data:
@@ -197,7 +213,7 @@ def resolve(config: TrainConfig, model: PreTrainedModel, rows: Rows) -> TrainCon
     Raises:
         ConfigError: An option has no effect on this model, or on so many rows or steps.
     """
-    method = config.method or default_method(model)
+    method = config.method or default_method(model, config.quantize)
     adapter_config(config, method)
     count = len(rows.training)
     if config.batch_size > count:
@@ -238,12 +254,16 @@ def adapter_config(config: TrainConfig, method: Method) -> AdapterConfig:
     return QALoRA(rank=config.rank, alpha=config.alpha, targets=config.targets, frozen_tensors=config.frozen_tensors)
 
 
-def default_method(model: PreTrainedModel) -> Method:
-    """``qalora`` where some linear layer has block offsets to train, else ``lora``."""
+def default_method(model: PreTrainedModel, quantize: Quantize | None) -> Method:
+    """``qalora`` where some layer has block offsets to train; else ``qlora`` with --quantize and ``lora`` without."""
     for layer in model.modules():
-        if isinstance(layer, PackedLinear) and block_format(layer.packed.format_name).offset_at is not None:
+        if isinstance(layer, PackedLinear) and _has_offsets(layer.packed.format_name):
             return "qalora"
-    return "lora"
+    return "qlora" if quantize else "lora"
+
+
+def _has_offsets(format_name: str) -> bool:
+    return block_format(format_name).offset_at is not None
 
 
 def default_output(config: TrainConfig, method: Method) -> str:

@@ -12,6 +12,7 @@ from lorafit.data.readers import Example, Message
 from lorafit.evaluation.generate import generate
 from lorafit.evaluation.loss import Metrics
 from lorafit.modules import Coverage, adapters_disabled
+from lorafit.modules.size import Size
 
 _ANSWER_TOKENS = 160  # enough to see how a model answers
 
@@ -53,6 +54,10 @@ class Summary:
         compute: Arithmetic.
         eval_before: Metrics of the base on the held-out rows, if there are any.
         eval_after: Metrics of the tuned model.
+        size: What the weights of the base took, in bytes and in bits per parameter.
+        quantize: What its linear layers were quantised to while it was loaded, if they were.
+        kept: Linear layers that this left as they were -> why.
+        second_quantization: The quantised file whose weights were quantised a second time, if they were.
         coverage: Which layers were trained, and why the others were not.
         samples: Held-out prompts answered by both.
     """
@@ -72,6 +77,10 @@ class Summary:
     compute: str
     eval_before: Metrics | None
     eval_after: Metrics | None
+    size: Size
+    quantize: str | None
+    kept: dict[str, str]
+    second_quantization: str | None
     coverage: Coverage
     samples: list[Sample]
 

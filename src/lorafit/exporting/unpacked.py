@@ -1,0 +1,131 @@
+"""The tensors of a model as a checkpoint of transformers has them, unpacked one at a time.
+
+The model's modules are asked, not its file: in memory rows and names are Hugging Face's already, whatever the family,
+and norms are transformers' parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from lorafit.modules import PackedEmbedding, PackedLinear, PackedWeight
+from lorafit.modules.experts import ExpertStack
+
+# Llama 3's rule for rotary frequencies, which GGUF stores worked out, as a divisor for each.
+_LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+
+
+@dataclass(frozen=True)
+class Unpacked:
+    """A tensor that is unpacked when it is asked for.
+
+    Attributes:
+        shape: Its shape.
+        format: Block format that it is unpacked from; None for one that was not packed.
+        values: Gives its values in a type, rounded once; valid until the next tensor is asked for.
+    """
+
+    shape: tuple[int, ...]
+    format: str | None
+    values: Callable[[torch.dtype], Tensor]
+
+
+def unpacked_tensors(model: PreTrainedModel) -> dict[str, Unpacked]:
+    """Name in transformers' checkpoints -> tensor; a tied head is not there twice.
+
+    Args:
+        model: A base without adapters.
+    """
+    head = model.get_output_embeddings()
+    embedding = model.get_input_embeddings()
+    shared = getattr(embedding, "packed", None)
+    tensors: dict[str, Unpacked] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, PackedLinear | PackedEmbedding):
+            if module is not head or module.packed is not shared:
+                tensors[f"{name}.weight"] = _of_packed(module.packed)
+        elif isinstance(module, ExpertStack):
+            tensors |= _of_experts(name, module)
+    stacked = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, ExpertStack))
+    for name, parameter in model.named_parameters():
+        if not (stacked and name.startswith(stacked)):
+            tensors[name] = _of_parameter(parameter)
+    return tensors
+
+
+def _of_packed(packed: PackedWeight) -> Unpacked:
+    return Unpacked(packed.shape, packed.format_name, packed.dense)
+
+
+def _of_parameter(parameter: nn.Parameter) -> Unpacked:
+    return Unpacked(tuple(parameter.shape), None, parameter.detach().to)
+
+
+def _of_experts(name: str, stack: ExpertStack) -> dict[str, Unpacked]:
+    """A matrix for each expert, as checkpoints have them; transformers fuses them when it loads."""
+    prefix, kind = name.rsplit(".", 1)
+    parts = ("gate_proj", "up_proj") if kind == "gate_up_proj" else (kind,)
+    rows = stack.out_features // len(parts)
+
+    def values(expert: int, part: int) -> Callable[[torch.dtype], Tensor]:
+        return lambda dtype: stack.dense(expert, dtype)[part * rows : (part + 1) * rows]
+
+    return {
+        f"{prefix}.{expert}.{part}.weight": Unpacked((rows, stack.in_features), stack.format_name, values(expert, i))
+        for expert in range(stack.experts)
+        for i, part in enumerate(parts)
+    }
+
+
+def plain_config(model: PreTrainedModel, dtype: torch.dtype, extra: dict[str, Any]) -> PreTrainedConfig:
+    """What config.json says beside the unpacked weights.
+
+    Args:
+        model: The model.
+        dtype: Type of the weights.
+        extra: More entries.
+    """
+    config = deepcopy(model.config)
+    config.dtype = dtype
+    config.architectures = [type(model).__name__]
+    rotary = model.get_submodule("model.rotary_emb")
+    frequencies = getattr(rotary, "inv_freq", None)
+    if frequencies is not None:
+        plain = _frequencies(type(rotary), config)
+        if not torch.equal(plain, frequencies):
+            config.rope_parameters = _with_divisors(config, type(rotary), plain / frequencies, frequencies)
+    for name, value in extra.items():
+        setattr(config, name, value)
+    return config
+
+
+def _frequencies(rotary: type[nn.Module], config: PreTrainedConfig) -> Tensor:
+    """The rotary frequencies that a configuration gives."""
+    return rotary(config).get_buffer("inv_freq")
+
+
+def _with_divisors(
+    config: PreTrainedConfig, rotary: type[nn.Module], divisors: Tensor, wanted: Tensor
+) -> dict[str, Any]:
+    """Rotary parameters that give each frequency its divisor: Llama 3's where its rule gives these, else the list."""
+    known = {**config.rope_parameters, "rope_type": "llama3", "factor": round(float(divisors.max()), 3), **_LLAMA3}
+    trial = deepcopy(config)
+    trial.rope_parameters = known
+    # Both were computed in float32, in another order.
+    if torch.allclose(_frequencies(rotary, trial), wanted, rtol=1e-5, atol=0):
+        return known
+    return {
+        **config.rope_parameters,
+        "rope_type": "longrope",
+        "short_factor": divisors.tolist(),
+        "long_factor": divisors.tolist(),
+        "attention_factor": 1.0,
+        "original_max_position_embeddings": config.max_position_embeddings,
+    }

@@ -1,0 +1,96 @@
+"""Quantising a full-precision base while it is loaded.
+
+QLoRA's rule is kept for every format: the linear layers are quantised, and embeddings, the output head, norms and
+biases stay as they are. The same weights give the same bits every time, so a run needs only the name of what was done
+to find its base again.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lorafit import formats
+from lorafit.config import Quantize
+from lorafit.errors import FormatError, ModelError
+from lorafit.formats import block_format, search
+from lorafit.modules import PackedLinear, PackedWeight
+from lorafit.modules.experts import ExpertStack
+
+# What the names mean in blocks. QLoRA's own are doubly quantised.
+BLOCK_FORMATS: dict[Quantize, str] = {
+    "nf4": "NF4_DQ",
+    "fp4": "FP4_DQ",
+    "q4_1": "Q4_1",
+    "q5_1": "Q5_1",
+    "q8_0": "Q8_0",
+}
+
+_ROWS = 256  # searched at once
+
+
+def why_kept(width: int, how: Quantize) -> str | None:
+    """Why a matrix with rows of ``width`` weights cannot be quantised so; None if it can."""
+    block = block_format(BLOCK_FORMATS[how])
+    if width % block.elements:
+        return f"its rows of {width} weights are not whole blocks of {block.elements}"
+    return None
+
+
+def quantized(weights: Tensor, how: Quantize, name: str, where: object) -> PackedWeight:
+    """A matrix in blocks.
+
+    Args:
+        weights: [out_dim, in_dim], any floating-point type; a row is a whole number of blocks.
+        how: To what.
+        name: The tensor's name.
+        where: The file or directory that it comes from.
+
+    Raises:
+        ModelError: Some weights are not finite, or too large for the format.
+    """
+    format_name = BLOCK_FORMATS[how]
+    try:
+        packed = _search(weights, format_name) if how in ("q4_1", "q5_1") else formats.quantize(weights, format_name)
+    except FormatError as error:
+        raise ModelError(f"{where}: {name}: {error}") from None
+    return PackedWeight(packed.blocks, format_name, constants=packed.constants, name=name)
+
+
+def _search(weights: Tensor, format_name: str) -> formats.Packed:
+    """The search for the best scales and offsets, some rows at a time: in float32 it needs as much memory again."""
+    rows, width = weights.shape
+    blocks = torch.empty(rows, block_format(format_name).row_bytes(width), dtype=torch.uint8)
+    for piece, result in zip(weights.split(_ROWS), blocks.split(_ROWS), strict=True):
+        result.copy_(search.quantize(piece.float(), format_name).blocks)
+    return formats.Packed(blocks, None)
+
+
+def quantize_model(model: PreTrainedModel, how: Quantize, where: object) -> dict[str, str]:
+    """Quantise the linear layers of a model in place, one after the other.
+
+    Args:
+        model: A model whose layers hold the numbers of a full-precision GGUF file.
+        how: To what.
+        where: The file, for errors.
+
+    Returns:
+        Layers that were left as they are -> why.
+
+    Raises:
+        ModelError: Some weights are not finite, too large for the format, or of stacked experts.
+    """
+    kept = {}
+    head = model.get_output_embeddings()
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, ExpertStack):
+            raise ModelError(f"{where}: {name} is a stack of matrices, which lorafit cannot quantise")
+        if not isinstance(layer, PackedLinear) or layer is head:
+            continue
+        why = why_kept(layer.in_features, how)
+        if why:
+            kept[name] = why
+        else:
+            layer.packed = quantized(layer.packed.dense(torch.float32), how, f"{name}.weight", where)
+    return kept
