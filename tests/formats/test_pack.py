@@ -69,6 +69,17 @@ def test_any_weights_are_packed_as_gguf_py_packs_them(name: str, weights: np.nda
     assert_as_gguf_py(weights, name)
 
 
+@pytest.mark.parametrize(("name", "largest"), [("Q4_0", -8), ("Q4_1", 15), ("Q5_0", -16), ("Q5_1", 31), ("Q8_0", 127)])
+def test_weights_halfway_between_two_integers(name: str, largest: int) -> None:
+    """Every q and q + 1/2 of a scale of 1, in blocks that reach to 0 and to the end of the grid."""
+    lowest = 0 if FORMATS[name].offset_at is not None else -abs(largest)
+    halves = np.arange(2 * lowest, 2 * abs(largest) + 1, dtype=np.float32) / 2
+    weights = np.zeros((17, 32), np.float32)
+    weights[:, :30] = np.resize(halves, (17, 30))
+    weights[:, 31] = largest
+    assert_as_gguf_py(weights, name)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_matrix_larger_than_a_piece_is_packed_as_gguf_py_packs_it(name: str) -> None:
     assert_as_gguf_py(np.random.default_rng(1).standard_t(3, (130, 1056)).astype(np.float32), name)

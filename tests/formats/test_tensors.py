@@ -87,6 +87,8 @@ def test_constants_that_do_not_fit_are_refused(name: str, count: int) -> None:
     blocks = torch.zeros(257, 33, dtype=torch.uint8)
     with pytest.raises(FormatError, match=f"257 blocks of {name} have 3 constants, but {count} were given"):
         dequantize(blocks, name, (257, 64), torch.zeros(count) if count else None)
+    with pytest.raises(FormatError, match=f"257 blocks of {name} have 3 constants, but {count} were given"):
+        finite(blocks, name, torch.zeros(count) if count else None)
 
 
 def test_constants_of_a_format_that_has_none_are_refused() -> None:

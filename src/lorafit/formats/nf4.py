@@ -107,8 +107,7 @@ def _compress(blocks: Tensor) -> tuple[Tensor, Tensor]:
     scales = centred.abs().amax(1, keepdim=True)
     # Not a number where a scale is 0, or so small that its inverse overflows: that gets code 0.
     scaled = (centred * (1 / scales)).clamp(-1, 1).nan_to_num(-1)
-    # In double precision and rounded once, because compilers fuse this product and sum.
-    steps = ((scaled + 1).double() / 2 * _STEPS + 0.5).float().trunc()
+    steps = ((scaled + 1) / 2 * _STEPS + 0.5).trunc()
     codes = _nearest(DYNAMIC, 2 * steps / _STEPS - 1)
     codes = codes.flatten()[: len(absmax), None].to(torch.uint8)
     return torch.cat((codes, blocks[:, 4:]), dim=1), torch.cat((mean.view(1), scales.flatten()))

@@ -56,17 +56,17 @@ def dequantize(blocks: Tensor, name: str, shape: Sequence[int], constants: Tenso
         )
     _check_constants(constants, block, expected // block.nbytes)
     weights = torch.empty(tuple(shape), device=blocks.device)
-    targets = weights.view(-1, block.elements).split(_blocks_in_piece(block))
-    start = 0
-    for target, piece in zip(targets, _pieces(blocks, block), strict=True):
+    in_piece = _PIECE // block.elements
+    targets = weights.view(-1, block.elements).split(in_piece)
+    pieces = blocks.reshape(-1, block.nbytes).split(in_piece)
+    for i, (target, piece) in enumerate(zip(targets, pieces, strict=True)):
         # The copy begins at an even address, which torch's views need and a slice of a byte buffer need not.
         piece = piece.clone()
         if constants is None:
             target.copy_(block.unpack(piece))
         else:
-            index = torch.arange(start, start + len(piece), device=blocks.device)
+            index = torch.arange(i * in_piece, i * in_piece + len(piece), device=blocks.device)
             target.copy_(block.unpack(piece, constants, index))
-        start += len(piece)
     return weights
 
 
@@ -86,13 +86,8 @@ def quantize(weights: Tensor, name: str) -> Packed:
         raise FormatError(f"lorafit reads {name} and does not write it")
     rows, width = weights.shape
     row_bytes = block.row_bytes(width)
-    pieces = []
-    for piece in weights.reshape(-1, block.elements).split(_blocks_in_piece(block)):
-        piece = piece.float()
-        if not piece.isfinite().all():
-            raise FormatError("some weights are NaN or infinite; the tensor is damaged")
-        pieces.append(block.pack(piece))
-    blocks, constants = torch.cat(pieces), None
+    pieces = weights.reshape(-1, block.elements).split(_PIECE // block.elements)
+    blocks, constants = torch.cat([block.pack(_all_finite(piece.float())) for piece in pieces]), None
     if block.compress is not None:
         blocks, constants = block.compress(blocks)
     if not finite(blocks, name, constants):
@@ -109,14 +104,19 @@ def finite(blocks: Tensor, name: str, constants: Tensor | None = None) -> bool:
         blocks: uint8, whole blocks.
         name: Format name, a key of ``FORMATS``.
         constants: What a double-quantised format has beside its blocks.
+
+    Raises:
+        FormatError: Unknown format, or a number of constants that does not fit the blocks.
     """
     block = block_format(name)
+    _check_constants(constants, block, blocks.numel() // block.nbytes)
     kind = block.float_type
     size = np.dtype(kind.bits).itemsize
-    of_blocks = blocks.numpy().reshape(-1, block.nbytes)
-    for at in block.floats:
-        if ((of_blocks[:, at : at + size].view(kind.bits) & kind.magnitude) >= kind.limit).any():
-            return False
+    for piece in blocks.reshape(-1, block.nbytes).split(_PIECE):
+        for at in block.floats:
+            numbers = piece.numpy()[:, at : at + size].view(kind.bits)
+            if ((numbers & kind.magnitude) >= kind.limit).any():
+                return False
     # The largest absmax is at most a scale and the mean.
     return constants is None or bool((constants[1:].abs() + constants[0].abs()).isfinite().all())
 
@@ -181,12 +181,10 @@ def _with_offsets(name: str) -> BlockFormat:
     return block
 
 
-def _blocks_in_piece(block: BlockFormat) -> int:
-    return _PIECE // block.elements
-
-
-def _pieces(blocks: Tensor, block: BlockFormat) -> Sequence[Tensor]:
-    return blocks.reshape(-1, block.nbytes).split(_blocks_in_piece(block))
+def _all_finite(weights: Tensor) -> Tensor:
+    if not weights.isfinite().all():
+        raise FormatError("some weights are NaN or infinite; the tensor is damaged")
+    return weights
 
 
 def _check_constants(constants: Tensor | None, block: BlockFormat, blocks: int) -> None:
