@@ -30,7 +30,7 @@ from lorafit.exporting.unpacked import Unpacked, plain_config, unpacked_tensors
 from lorafit.models.base import Base
 from lorafit.models.directory import ORIGIN
 
-SHARD_BYTES = 4_000_000_000
+SHARD_BYTES = 4_000_000_000  # longest file of weights
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,6 @@ def export_safetensors(
     dtype: torch.dtype,
     *,
     name: str,
-    shard_bytes: int = SHARD_BYTES,
     say: Callable[[str], None] = lambda text: None,
 ) -> ExportCertificate:
     """Write a model, then read what was written and compare it with the model.
@@ -86,7 +85,6 @@ def export_safetensors(
         directory: An empty directory.
         dtype: Type of the weights: float32, bfloat16 or float16.
         name: What the directory will be called.
-        shard_bytes: Longest file of weights.
         say: Is told what is going on.
 
     Raises:
@@ -107,7 +105,7 @@ def export_safetensors(
 
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     metadata = {"format": "pt", ORIGIN: json.dumps(origin)}
-    files = write_safetensors(directory, shapes, dtype, values, metadata=metadata, shard_bytes=shard_bytes)
+    files = write_safetensors(directory, shapes, dtype, values, metadata=metadata, shard_bytes=SHARD_BYTES)
     _write_settings(base, directory, dtype, origin)
     say("comparing what was written with the blocks")
     difference = _compare(directory, tensors, dtype, name)

@@ -18,9 +18,6 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from lorafit.modules import PackedEmbedding, PackedLinear, PackedWeight
 from lorafit.modules.experts import ExpertStack
 
-# Llama 3's rule for rotary frequencies, which GGUF stores worked out, as a divisor for each.
-_LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-
 
 @dataclass(frozen=True)
 class Unpacked:
@@ -95,37 +92,8 @@ def plain_config(model: PreTrainedModel, dtype: torch.dtype, extra: dict[str, An
     config = deepcopy(model.config)
     config.dtype = dtype
     config.architectures = [type(model).__name__]
-    rotary = model.get_submodule("model.rotary_emb")
-    frequencies = getattr(rotary, "inv_freq", None)
-    if frequencies is not None:
-        plain = _frequencies(type(rotary), config)
-        if not torch.equal(plain, frequencies):
-            config.rope_parameters = _with_divisors(config, type(rotary), plain / frequencies, frequencies)
+    if hasattr(config, "quantization_config"):  # of a checkpoint that bitsandbytes quantised
+        del config.quantization_config
     for name, value in extra.items():
         setattr(config, name, value)
     return config
-
-
-def _frequencies(rotary: type[nn.Module], config: PreTrainedConfig) -> Tensor:
-    """The rotary frequencies that a configuration gives."""
-    return rotary(config).get_buffer("inv_freq")
-
-
-def _with_divisors(
-    config: PreTrainedConfig, rotary: type[nn.Module], divisors: Tensor, wanted: Tensor
-) -> dict[str, Any]:
-    """Rotary parameters that give each frequency its divisor: Llama 3's where its rule gives these, else the list."""
-    known = {**config.rope_parameters, "rope_type": "llama3", "factor": round(float(divisors.max()), 3), **_LLAMA3}
-    trial = deepcopy(config)
-    trial.rope_parameters = known
-    # Both were computed in float32, in another order.
-    if torch.allclose(_frequencies(rotary, trial), wanted, rtol=1e-5, atol=0):
-        return known
-    return {
-        **config.rope_parameters,
-        "rope_type": "longrope",
-        "short_factor": divisors.tolist(),
-        "long_factor": divisors.tolist(),
-        "attention_factor": 1.0,
-        "original_max_position_embeddings": config.max_position_embeddings,
-    }
