@@ -16,6 +16,7 @@ from lorafit.models.load import load_base
 from lorafit.modules import attach
 from lorafit.objectives.sft import score, sft_loss
 from tests.oracles.adapted import documents, fill
+from tests.oracles.family_gguf import KINDS, random_model
 from tests.oracles.tiny_gguf import write_tiny_llama
 
 # 1,300 tokens of which two thirds are targets: two chunks of the head.
@@ -75,6 +76,25 @@ def test_loss_and_gradients_equal_those_of_the_full_logits(path: Path, config: A
     for name, grad in gradients(model).items():
         # The same sums over 1,300 tokens through the whole model: measured 3e-6 of the largest entry.
         torch.testing.assert_close(ours[name], grad, rtol=0, atol=3e-5 * float(grad.abs().max()))
+
+
+@pytest.mark.parametrize("family", KINDS)
+def test_loss_and_gradients_of_every_family_are_those_of_transformers(family: str) -> None:
+    """Of all parameters, through windows, caps and scales; each document alone on transformers' eager path."""
+    model = random_model(family)
+    rows = documents([530, 20, 1, 9], vocab=260)
+    with document_attention(model):
+        loss = sft_loss(model, pack(rows))
+        losses, _ = score(model, pack(rows))
+    loss.backward()
+    ours = gradients(model)
+    expected = torch.cat([full_losses(model, row) for row in rows])
+    expected.sum().backward()
+    # float32 in another order, of losses that reach 18.
+    torch.testing.assert_close(losses, expected.detach(), rtol=0, atol=1e-4)
+    torch.testing.assert_close(loss, expected.sum(), rtol=1e-6, atol=0)
+    for name, grad in gradients(model).items():
+        torch.testing.assert_close(ours[name], grad, rtol=0, atol=3e-5 * float(grad.abs().max()), msg=name)
 
 
 def test_scores_equal_those_of_the_full_logits(path: Path) -> None:

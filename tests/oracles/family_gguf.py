@@ -142,12 +142,23 @@ def random_model(family: str, *, seed: int = 0, **config: Any) -> PreTrainedMode
     return model.eval()
 
 
+def rounded(model: PreTrainedModel, format: str) -> PreTrainedModel:
+    """The model with every matrix as a block format represents it; rounding is along rows, wherever these lie."""
+    qtype = gguf.GGMLQuantizationType[format]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                blocks = gguf.quants.quantize(parameter.numpy(), qtype)
+                parameter.copy_(torch.from_numpy(gguf.quants.dequantize(blocks, qtype)))
+    return model
+
+
 def write_family(
     path: Path,
     family: str,
     model: PreTrainedModel,
     *,
-    format: str = "F32",
+    format: str | Callable[[str], str] = "F32",
     metadata: Mapping[str, Any] | None = None,
     tensors: Mapping[str, np.ndarray | None] | None = None,
 ) -> Path:
@@ -157,7 +168,7 @@ def write_family(
         path: The file to write.
         family: A key of `KINDS`.
         model: What to write.
-        format: Block format of the matrices; vectors are F32.
+        format: Block format of the matrices, or that of each by its name; vectors are F32.
         metadata: Keys to add or to set to other values, without the architecture's prefix.
         tensors: Tensors to add as F32.
 
@@ -194,7 +205,8 @@ def write_family(
             array = array + 1
         name = names.get_name(hf_name, try_suffixes=(".weight", ".bias"))
         assert name is not None, hf_name
-        _add(writer, name, array, "F32" if array.ndim == 1 else format)
+        chosen = "F32" if array.ndim == 1 else format if isinstance(format, str) else format(name)
+        _add(writer, name, array, chosen)
     for name, array in (tensors or {}).items():
         _add(writer, name, array, "F32")
     writer.write_header_to_file()
