@@ -92,7 +92,7 @@ def test_blocks_that_are_all_alike(kind: str, size: float) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_8_bit_codes_of_many_absmax(kind: str) -> None:
     """Enough for every code, and for numbers so near the middle of two values that rounding before decides."""
-    blocks = 150_000
+    blocks = 60_000
     weights = torch.zeros(blocks, 64)
     weights[:, 7] = 5 + torch.randn(blocks, generator=torch.Generator().manual_seed(4))
     check(weights, kind, double=True)

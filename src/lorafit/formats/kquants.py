@@ -15,7 +15,7 @@ upper bits of q in runs: the lowest field of each byte of a run (of 32 bytes; of
 the first weights, the next field to those that follow, so that reading a run field by field gives the weights in order.
 
 Scales: in Q2_K a byte is s and, in its upper half, t. In Q6_K it is s, signed. Q4_K and Q5_K put eight of 6 bits each
-for s and t into 12 bytes, Q3_K sixteen for s; see ``_scales_q4_k`` and ``_scales_q3_k``.
+for s and t into 12 bytes, Q3_K sixteen for s; see ``scales_q4_k`` and ``_scales_q3_k``.
 """
 
 from __future__ import annotations
