@@ -20,6 +20,7 @@ Compute = Literal["auto", "bf16", "fp32"]
 Memory = Literal["high", "lowest"]
 Scaling = Literal["standard", "rslora", "plain"]
 FrozenTensors = Literal["frozen", "lora"]
+Requantize = Literal["q8_0", "q5_1", "q4_1", "q5_0", "q4_0", "bf16", "f16", "f32", "keep"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,8 @@ from lorafit.errors import MergeError
 from lorafit.evaluation.llamacpp import LlamaCpp
 from lorafit.evaluation.loss import evaluate
 from lorafit.merging import Certificate, Plan, apply, certify, plan
-from lorafit.merging.certificate import Answers, HeldOut, InLlamaCpp, NotMeasured
+from lorafit.merging.certificate import HeldOut
+from lorafit.merging.engine import Answers, InLlamaCpp, NotMeasured
 from lorafit.models.load import load
 from tests.merging.runs import HELD_OUT, claim_to_be_a_part, spoil, to_neighbours, write_run
 from tests.oracles.llamacpp import LlamaCppOracle

@@ -17,6 +17,7 @@ from lorafit.modules import (
     LoRALinear,
     PackedLinear,
     PackedWeight,
+    Promotion,
     QALoRALinear,
     adapter_modules,
     adapters_disabled,
@@ -208,6 +209,40 @@ def test_plain_lora_on_what_has_no_offsets(tmp_path: Path) -> None:
     left = attach(loaded(mixed), QALoRA(rank=2))
     assert left.frozen.items() >= coverage.beside.items()
     assert not left.beside
+
+
+def test_promotion_is_told_for_each_tensor(tmp_path: Path) -> None:
+    formats = {"attn_q": "Q4_0", "0.attn_k": "Q4_K", "1.attn_k": "Q5_K", "attn_v": "Q6_K", "attn_output": "Q5_0"}
+    mixed = write_tiny_llama(tmp_path / "mixed.gguf", hidden=256, intermediate=256, formats=formats)  # type: ignore[arg-type]
+    sizes = {tensor.name: int(tensor.n_bytes) for tensor in gguf.GGUFReader(mixed.path).tensors}
+    model = loaded(mixed)
+    coverage = attach(model, QALoRA(rank=2))
+    expected = {}
+    for i in range(LAYERS):
+        for name, kind, source, rows in (
+            ("self_attn.q_proj", "attn_q", "Q4_0", 256),
+            ("self_attn.k_proj", "attn_k", ("Q4_K", "Q5_K")[i], 128),
+            ("self_attn.o_proj", "attn_output", "Q5_0", 256),
+        ):
+            target, block = ("Q4_1", 20) if source.startswith("Q4") else ("Q5_1", 24)
+            before, after = sizes[f"blk.{i}.{kind}.weight"], rows * 256 // 32 * block
+            exact = not source.endswith("K")
+            expected[f"model.layers.{i}.{name}"] = Promotion(source, target, exact, before, after)
+    assert coverage.promoted == expected
+    # Half a bit for each weight.
+    weights = LAYERS * (256 + 128 + 256) * 256
+    assert coverage.promotion_bytes == weights // 16
+    assert coverage.promoted_memory_bytes == sum(p.target_bytes for p in expected.values())
+    assert coverage.fate("model.layers.0.self_attn.k_proj") == "trained, promoted from Q4_K to Q4_1, rounded"
+    assert coverage.fate("model.layers.0.self_attn.o_proj") == "trained, promoted from Q5_0 to Q5_1, exact"
+    assert coverage.fate("model.layers.0.mlp.up_proj") == "trained"
+    assert coverage.fate("model.layers.1.self_attn.v_proj") == "frozen: Q6_K has no block offsets"
+    assert coverage.formats["model.layers.0.self_attn.k_proj"] == "Q4_K"
+    with torch.no_grad():
+        base = loaded(mixed)(TOKENS).logits
+        assert not torch.equal(model(TOKENS).logits, base)  # K-quants were rounded
+        with adapters_disabled(model):
+            assert torch.equal(model(TOKENS).logits, base)
 
 
 def test_plain_lora_where_nothing_needs_it_is_refused(tied: TinyLlama, tmp_path: Path) -> None:

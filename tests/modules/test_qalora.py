@@ -13,6 +13,7 @@ from lorafit.errors import AdapterError, ConfigError
 from lorafit.modules import PackedLinear, PackedWeight, QALoRALinear
 from lorafit.modules.qalora import offsets_held
 from tests.oracles.adapted import fill, q4_1, q4_1_parts, with_offsets
+from tests.oracles.tiny_gguf import quantize
 
 OUT, IN, GROUPS, RANK = 48, 160, 5, 3
 ROWS = torch.randperm(OUT, generator=torch.Generator().manual_seed(1))
@@ -183,6 +184,82 @@ def test_a_format_without_offsets_is_refused() -> None:
     blocks = gguf.quants.quantize(np.ones((8, 64), np.float32), gguf.GGMLQuantizationType.Q8_0)
     with pytest.raises(AdapterError, match=r"blk\.1\.y: Q8_0 blocks have no offset"):
         QALoRALinear(PackedLinear(PackedWeight(torch.from_numpy(blocks), "Q8_0", name="blk.1.y")), QALoRA(rank=1))
+
+
+PROMOTED = {"Q4_0": "Q4_1", "Q5_0": "Q5_1", "Q4_K": "Q4_1", "Q5_K": "Q5_1"}
+
+
+def promoted(format_name: str, rank: int = RANK) -> tuple[QALoRALinear, np.ndarray]:
+    """A layer in a format without offsets, and what gguf-py makes of its blocks, rows in the layer's order."""
+    torch.manual_seed(0)
+    weights = np.random.default_rng(0).standard_normal((OUT, 256)).astype(np.float32) / 16
+    blocks = quantize(weights, format_name)  # type: ignore[arg-type]
+    packed = PackedWeight(torch.from_numpy(blocks), format_name, rows=ROWS, name="blk.0.x")
+    module = QALoRALinear(PackedLinear(packed), QALoRA(rank=rank, alpha=6.0))
+    return module, gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType[format_name])[ROWS.numpy()]
+
+
+@pytest.mark.parametrize("format_name", PROMOTED)
+def test_a_promoted_layer_starts_as_the_base_or_near_it(format_name: str) -> None:
+    module, weights = promoted(format_name)
+    assert module.promoted is not None
+    assert module.trained.format_name == PROMOTED[format_name]
+    assert module.base.packed.format_name == format_name
+    x = torch.randn(20, 256)
+    with torch.no_grad():
+        y = module(x)
+        module.enabled = False
+        # With the adapter disabled it is the file's layer.
+        assert torch.equal(module(x), x @ torch.from_numpy(weights).T)
+        start = module.trained.dense(torch.float32).clone().numpy()
+    if format_name in ("Q4_0", "Q5_0"):
+        np.testing.assert_array_equal(start, weights)
+        assert torch.equal(y, x @ torch.from_numpy(weights).T)
+    else:
+        # d and m are rounded to half precision, by 2.8e-4 of themselves on average; d·q and m are each about twice as
+        # large as the weights of this bell curve.
+        error = np.sqrt(((start - weights) ** 2).mean() / (weights**2).mean())
+        assert 4e-4 < error < 1e-3
+
+
+@pytest.mark.parametrize("format_name", PROMOTED)
+def test_a_promoted_layer_trains_its_offsets(format_name: str) -> None:
+    module, _ = promoted(format_name)
+    assert module.group == 32
+    assert module.qalora_A.shape == (RANK, 8)
+    start = module.trained.dense(torch.float32).clone().double()
+    fill(module, std=0.5)
+    a, b = (p.detach().double().requires_grad_() for p in (module.qalora_A, module.qalora_B))
+    x, grad = torch.randn(7, 256), torch.randn(7, OUT)
+    y = module(x)
+    y.backward(grad)
+    moved = start + (2.0 * b @ a).repeat_interleave(32, 1)
+    expected = x.double() @ moved.T
+    expected.backward(grad.double())
+    # m' is rounded to half precision, 2^-11 of offsets up to 2, in sums of 256 products; gradients are float32 sums.
+    torch.testing.assert_close(y.double(), expected, rtol=0, atol=0.05)
+    assert float((expected.detach() - x.double() @ start.T).abs().mean()) > 0.2
+    for ours, theirs in ((module.qalora_A.grad, a.grad), (module.qalora_B.grad, b.grad)):
+        assert ours is not None
+        assert theirs is not None
+        torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-4)
+    plain_a, plain_b = module.lora_factors()
+    # As plain LoRA only the rounding of m' is missing.
+    np.testing.assert_allclose((2.0 * plain_b @ plain_a).numpy(), module.delta_weight().numpy(), rtol=0, atol=2**-10)
+
+
+def test_the_rank_limit_of_a_k_quant_is_that_of_the_promoted_format() -> None:
+    promoted("Q4_K", rank=8)
+    with pytest.raises(AdapterError, match=r"blk\.0\.x: rank 9 exceeds the 8 blocks in a row"):
+        promoted("Q4_K", rank=9)
+
+
+def test_scales_too_large_to_be_promoted_are_refused() -> None:
+    blocks = quantize(np.random.default_rng(0).standard_normal((8, 64)).astype(np.float32), "Q4_0")
+    blocks.reshape(-1, 18)[3, :2] = np.array([10000.0], "<f2").view(np.uint8)  # eight times that is no half any more
+    packed = PackedWeight(torch.from_numpy(blocks), "Q4_0", name="blk.0.x")
+    with pytest.raises(AdapterError, match=r"blk\.0\.x: some of its Q4_0 scales are too large .* --targets"):
+        QALoRALinear(PackedLinear(packed), QALoRA(rank=1))
 
 
 @pytest.mark.parametrize("settings", [{"rank": 0}, {"alpha": -1.0}, {"alpha": math.nan}])

@@ -25,7 +25,7 @@ def summary(**changes: object) -> Summary:
         "size": Size(12_345_678, 5.678, 4.127), "quantize": "nf4", "kept": {"layers.0.odd": "its rows are odd"},
         "second_quantization": "tiny.gguf (Q4_1)",
         "coverage": Coverage("qalora", {"layers.0.q": 1000, "layers.1.q": 234}, frozen, {}, 56789),
-        "samples": [Sample("Q | <b>?", "the reference", "<|im_start|>base\nsays", "tuned says")],
+        "promotion": None, "samples": [Sample("Q | <b>?", "the reference", "<|im_start|>base\nsays", "tuned says")],
     }  # fmt: skip
     return Summary(**{**values, **changes})  # type: ignore[arg-type]
 

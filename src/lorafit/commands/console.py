@@ -131,6 +131,12 @@ class Console:
         self.table("Coverage", ["layers", "format", "count", "state", "trained parameters"], rows)
         trainable, total = coverage.trainable_parameters, coverage.total_parameters
         self.print(f"{trainable:,} parameters are trained beside {total:,} ({trainable / total:.2%}).")
+        if coverage.promoted:
+            self.print(
+                f"Promotion gives {len(coverage.promoted):,} tensors block offsets: the merged file will be "
+                f"{readable_bytes(coverage.promotion_bytes)} larger than the base, and until then "
+                f"{readable_bytes(coverage.promoted_memory_bytes)} of promoted blocks are held in memory."
+            )
 
     @contextmanager
     def progress(self, task: str, total: int, *, done: int = 0) -> Iterator[Progress]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import shlex
 import textwrap
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorafit.commands.console import Console, readable_bytes
+from lorafit.config import Requantize
 from lorafit.errors import MergeError, OutputExistsError
 
 if TYPE_CHECKING:
@@ -16,7 +18,15 @@ if TYPE_CHECKING:
 _SHOWN_CHARACTERS = 300  # of a question
 
 
-def merge(run: str, output: str, *, overwrite: bool = False, console: Console | None = None) -> Certificate:
+def merge(
+    run: str,
+    output: str,
+    *,
+    requantize: Requantize | None = None,
+    tolerance: float | None = None,
+    overwrite: bool = False,
+    console: Console | None = None,
+) -> Certificate:
     """Writes the tuned model of a QA-LoRA run as a GGUF file, and its certificate as OUTPUT.certificate.json.
 
     Both appear whole, and only after everything in the certificate was proved on the written file.
@@ -24,6 +34,8 @@ def merge(run: str, output: str, *, overwrite: bool = False, console: Console | 
     Args:
         run: Directory of a run trained with ``method="qalora"``.
         output: The GGUF file to write.
+        requantize: Format to round tensors to that were trained by plain LoRA; ``keep`` for the format of each.
+        tolerance: By how much that may raise the held-out loss, in nats per token; 0.05 if missing.
         overwrite: Replace the output if it exists.
         console: Where to say what is going on; nowhere if missing.
 
@@ -33,7 +45,7 @@ def merge(run: str, output: str, *, overwrite: bool = False, console: Console | 
     Raises:
         OutputExistsError: The output exists and ``overwrite`` is not set.
         MissingFileError: The run or its base is not there.
-        MergeError: The run cannot be merged exactly, or the written file is not what it should be.
+        MergeError: The run cannot be merged so, or the written file is not what it should be.
     """
     target = Path(output)
     proof = _certificate_path(output)
@@ -49,13 +61,13 @@ def merge(run: str, output: str, *, overwrite: bool = False, console: Console | 
     from lorafit.containers.atomic import replacing
 
     say = (console or Console(quiet=True)).print
-    plan = merging.plan(run)
+    plan = merging.plan(run, requantize=requantize, tolerance=tolerance)
     if target.exists() and target.samefile(plan.base.path):
         raise MergeError(f"{output} is the base of the run, which later runs and merges need; choose another name")
     try:
         # The certificate is on the disk before the model takes its place, and takes its own right after.
         with replacing(proof) as proof_written, replacing(target) as written:
-            say(f"copying {plan.base.path}, with the offsets of {len(plan.changes)} tensors from {run}")
+            say(f"copying {plan.base.path}, with {len(plan.changes)} tensors as trained in {run}")
             merging.apply(plan, written)
             certificate = merging.certify(plan, written, target.name, say=say)
             proof_written.write_text(certificate.as_json(), encoding="utf-8")
@@ -74,17 +86,27 @@ def _certificate_path(output: str | Path) -> Path:
 
 def show(console: Console, certificate: Certificate) -> None:
     """Writes a certificate for people."""
-    from lorafit.merging.certificate import Answers, HeldOut, InLlamaCpp
+    from lorafit.merging.certificate import HeldOut
+    from lorafit.merging.engine import Answers, InLlamaCpp
 
     weights, held_out, engine = certificate.weights, certificate.held_out, certificate.llamacpp
     answers = engine.answers if isinstance(engine, InLlamaCpp) else engine
-    facts = {
-        "weights": f"bit-identical to those trained: {weights.offsets:,} offsets in {weights.tensors} tensors",
-        "bytes": f"{weights.bytes_changed:,} differ from {certificate.base.name}, all in offsets; the size is the same",
-    }
+    rounded, grown = certificate.requantized, certificate.merged.size - certificate.base.size
+    size = f"the file is {grown:+,} bytes ({grown / certificate.base.size:+.1%})" if grown else "the size is the same"
+    facts = {"weights": f"bit-identical to those trained: {weights.offsets:,} offsets in {weights.tensors} tensors"}
+    if weights.promoted:
+        facts["promoted"] = f"as for training: {_counts(weights.promoted)}"
+    if rounded is not None:
+        facts["not exact"] = (
+            f"{_counts(rounded.formats)}: plain LoRA added, rounded anew; weights off by {rounded.relative_error:.2%}"
+        )
+    base = f"{certificate.base.name}, promoted" if weights.promoted else certificate.base.name
+    those = "of the exact tensors, " if rounded is not None else ""
+    facts["bytes"] = f"{those}{weights.bytes_changed:,} differ from {base}, all in offsets; {size}"
     if isinstance(held_out, HeldOut):
+        same = ", equal to the last bit" if rounded is None else f" ({held_out.merged_loss - held_out.run_loss:+.4f})"
         facts["loss in lorafit"] = (
-            f"{held_out.run_loss:.4f} for the run and {held_out.merged_loss:.4f} for the file, equal to the last bit "
+            f"{held_out.run_loss:.4f} for the run and {held_out.merged_loss:.4f} for the file{same} "
             f"({held_out.tokens:,} held-out answer tokens, {held_out.compute})"
         )
     else:
@@ -105,17 +127,34 @@ def show(console: Console, certificate: Certificate) -> None:
         console.side_by_side(title, {"base": answers.base_answer, "merged": answers.merged_answer})
 
 
-def merge_command(run: str, output: str, /, *, overwrite: bool = False, json: bool = False) -> None:
+def _counts(formats: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} from {name}" for name, count in formats.items())
+
+
+def merge_command(
+    run: str,
+    output: str,
+    /,
+    *,
+    requantize: Requantize | None = None,
+    tolerance: float | None = None,
+    overwrite: bool = False,
+    json: bool = False,
+) -> None:
     """Write the tuned model as one file, with a certificate that it is the model that was trained.
 
     Args:
         run: Directory of a run trained with --method qalora.
         output: The GGUF file to write; the certificate is written beside it as OUTPUT.certificate.json.
+        requantize: For a run with --frozen-tensors lora: the format to which the tensors that have plain LoRA are
+            rounded after it was added; keep stands for the format of each. This part of the merge is not exact.
+        tolerance: By how much --requantize may raise the held-out loss, in nats per token, before the file is refused.
+            [default: 0.05]
         overwrite: Replace the output if it exists.
         json: Print the certificate as one JSON document on stdout; the text goes to stderr.
     """
     console = Console(json=json)
-    certificate = merge(run, output, overwrite=overwrite, console=console)
+    certificate = merge(run, output, requantize=requantize, tolerance=tolerance, overwrite=overwrite, console=console)
     show(console, certificate)
     path, modelfile = shlex.quote(output), shlex.quote(f"FROM {Path(output).resolve()}")
     console.fields(

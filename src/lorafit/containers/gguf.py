@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lorafit.containers.mapped import map_file
 from lorafit.errors import ContainerError, FormatError, MissingFileError
 from lorafit.formats import block_format, format_by_id
 
@@ -86,8 +87,7 @@ class GGUFFile:
         with path.open("rb") as file:
             if file.read(4) != b"GGUF":
                 raise ContainerError(f"{path} is not a GGUF file: it does not start with 'GGUF'")
-            # A private mapping is writable in memory only: torch wants writable buffers, and the file stays untouched.
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            mapped = map_file(file)
         return cls(path, mapped)
 
     def blocks(self, name: str) -> Tensor:

@@ -6,7 +6,7 @@ them, and adding a format touches one of these files; ``registry`` finds a forma
 """
 
 from lorafit.formats.block import BlockFormat
-from lorafit.formats.promote import PROMOTED, promote
+from lorafit.formats.promote import EXACTLY_PROMOTED, PROMOTED, promote
 from lorafit.formats.registry import FORMATS, block_format, format_by_id
 from lorafit.formats.tensors import (
     Packed,
@@ -19,6 +19,7 @@ from lorafit.formats.tensors import (
 )
 
 __all__ = [
+    "EXACTLY_PROMOTED",
     "FORMATS",
     "PROMOTED",
     "BlockFormat",

@@ -32,6 +32,8 @@ from lorafit.formats.tensors import finite
 
 # Format -> the one that it is promoted to.
 PROMOTED = {"Q4_0": "Q4_1", "Q5_0": "Q5_1", "Q4_K": "Q4_1", "Q5_K": "Q5_1"}
+# Those of them whose weights stay the same to the last bit.
+EXACTLY_PROMOTED = frozenset(("Q4_0", "Q5_0"))
 
 _PIECE = 256  # K-quant blocks, 65,536 weights: what is unpacked of them stays small beside the tensor
 
@@ -53,7 +55,7 @@ def promote(blocks: Tensor, name: str) -> tuple[Tensor, str]:
         raise FormatError(f"{name} cannot be promoted to a format with offsets; {', '.join(PROMOTED)} can")
     target = PROMOTED[name]
     of_blocks = blocks.reshape(-1, block_format(name).nbytes)
-    if name in ("Q4_0", "Q5_0"):
+    if name in EXACTLY_PROMOTED:
         promoted = _with_offset(of_blocks, 8 if name == "Q4_0" else 16)
     else:
         promoted = torch.cat([_from_k(piece, name) for piece in of_blocks.split(_PIECE)])

@@ -2,14 +2,17 @@
 
 Everything is proved on the written file, opened again:
 
-* *Bytes.* Both files are read side by side. They have the same length; where they differ is inside offsets; and every
-  offset of an adapted layer is the stored m'.
+* *Bytes.* Both files are read side by side. All metadata are the base's, byte for byte, and so is every tensor that was
+  not trained. A trained one differs inside offsets only, each of which is the stored m'; where its format has none, it
+  is the base's tensor promoted as for training, and differs from that inside offsets only.
 * *Weights.* The file is loaded as any other, and each adapted layer unpacks to the very bits that the run computes
   with. This sees what bytes alone cannot: whether each row went to its place.
 * *Loss.* lorafit's loss on the held-out rows is the same float64 for the run and for the file.
 * *llama.cpp.* The engine that the file is made for loads it, and says how likely it finds held-out answers and what it
-  answers itself, before and after. Its figures may only be compared with one another: it quantises activations too, and
-  its ways of computing attention alone move a token's figure by hundredths.
+  answers itself, before and after (``engine.py``).
+
+Tensors with plain LoRA that were rounded anew are no part of these claims. For them the certificate says that they are
+not exact, how far rounding moved the weights, and the losses of run and file, which then differ.
 
 A claim that turns out false is an error, and then neither file nor certificate appears. A measurement that could not be
 made is in the certificate as well, with the reason.
@@ -18,48 +21,32 @@ made is in the certificate as well, with the reason.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from lorafit import __version__
 from lorafit.data.chat import Document, encode_all
 from lorafit.data.packing import split_passes
-from lorafit.data.readers import Example, read_examples
-from lorafit.errors import MergeError, ModelError
-from lorafit.evaluation.llamacpp import LlamaCpp, available
+from lorafit.data.readers import read_examples
+from lorafit.errors import MergeError
+from lorafit.evaluation.llamacpp import available
 from lorafit.evaluation.loss import evaluate
+from lorafit.merging.engine import HELD_OUT_FILE, NO_ROWS, InLlamaCpp, NotMeasured, run_in_llamacpp
+from lorafit.merging.exact import OffsetChange
 from lorafit.merging.plan import Plan
+from lorafit.merging.requantize import RoundedChange
 from lorafit.merging.verify import verify
 from lorafit.models.load import load_base
-from lorafit.modules import PackedLinear, QALoRALinear
+from lorafit.modules import AdapterModule, PackedLinear, QALoRALinear
+from lorafit.modules.experts import ExpertStack
 from lorafit.training.setup import fit_length
-
-_HELD_OUT_FILE = "heldout.jsonl"
-# llama.cpp scores token by token, so a few hundred tokens are what a few seconds allow.
-_SCORED_ROWS = 8
-_SCORED_TOKENS = 48
-_ANSWER_TOKENS = 96
-_SPARE_CONTEXT = 64
-
-
-@dataclass(frozen=True)
-class NotMeasured:
-    """What stands where a measurement could not be made.
-
-    Attributes:
-        not_measured: Why.
-    """
-
-    not_measured: str
-
-
-_NO_ROWS = NotMeasured(f"the run held no rows out: it has no {_HELD_OUT_FILE}")
-_NO_LLAMACPP = NotMeasured("llama.cpp is not installed: pip install 'lorafit[llamacpp]', then merge again")
 
 
 @dataclass(frozen=True)
@@ -79,13 +66,16 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class Weights:
-    """The packed weights, against those trained.
+    """The packed weights, against those trained; tensors in ``requantized`` are not counted here.
 
     Attributes:
-        bit_identical: Integers and scales are the base's, offsets the run's, all other bytes the base's.
+        bit_identical: Integers and scales are the base's, promoted where ``promoted`` says so, and offsets the run's;
+            all other tensors and all metadata are the base's.
         tensors: Tensors with new offsets.
         offsets: Offsets that were written.
-        bytes_changed: Bytes that differ from the base; all lie in offsets.
+        bytes_changed: Bytes of offsets that differ from the base's, promoted where need be; no other bytes do.
+        promoted: "FORMAT to FORMAT" -> how many of the tensors were given offsets so; they are larger than in the base.
+        untouched: Tensors that are the base's.
         rounded_otherwise: Offsets that this machine, computing them anew from A and B, rounds to a neighbour. The
             stored ones were written, so this only says how far another merge would be off.
     """
@@ -94,7 +84,26 @@ class Weights:
     tensors: int
     offsets: int
     bytes_changed: int
+    promoted: dict[str, int]
+    untouched: int
     rounded_otherwise: int
+
+
+@dataclass(frozen=True)
+class Requantized:
+    """Tensors to which plain LoRA was added, and which were rounded anew.
+
+    Attributes:
+        exact: They are not what was trained.
+        tensors: How many.
+        formats: "FORMAT to FORMAT" -> how many of them went from one to the other.
+        relative_error: How far rounding moved their weights: root mean square, relative to that of the weights.
+    """
+
+    exact: bool
+    tensors: int
+    formats: dict[str, int]
+    relative_error: float
 
 
 @dataclass(frozen=True)
@@ -103,7 +112,7 @@ class HeldOut:
 
     Attributes:
         run_loss: Of base and adapter, nats per answer token.
-        merged_loss: Of the merged file; the same number.
+        merged_loss: Of the merged file; the same number, unless tensors were rounded anew.
         rows: How many rows.
         tokens: How many answer tokens.
         compute: Arithmetic type, the same for both.
@@ -117,46 +126,6 @@ class HeldOut:
 
 
 @dataclass(frozen=True)
-class Answers:
-    """Held-out answers in llama.cpp.
-
-    Attributes:
-        base_loss: Mean negative log-probability of the held-out answers' tokens in the base, nats.
-        merged_loss: The same in the merged file.
-        rows: How many answers: those with the shortest prompts.
-        tokens: How many of their tokens, at most 48 of each answer.
-        prompt: The conversation up to the answer that both were asked for.
-        base_answer: The base's, greedy, at most 96 tokens.
-        merged_answer: The merged file's.
-        answers_differ: Whether these are different texts.
-    """
-
-    base_loss: float
-    merged_loss: float
-    rows: int
-    tokens: int
-    prompt: list[dict[str, str]]
-    base_answer: str
-    merged_answer: str
-    answers_differ: bool
-
-
-@dataclass(frozen=True)
-class InLlamaCpp:
-    """The merged file in llama.cpp.
-
-    Attributes:
-        loads: It loads and computes.
-        version: Of the package ``xllamacpp``.
-        answers: Base against merged file.
-    """
-
-    loads: bool
-    version: str
-    answers: Answers | NotMeasured
-
-
-@dataclass(frozen=True)
 class Certificate:
     """What is known about a merged file.
 
@@ -167,6 +136,7 @@ class Certificate:
         base: The file that it was trained on.
         merged: The file that was written.
         weights: Proof of the packed weights.
+        requantized: What is not exact; None if all is.
         held_out: Loss in lorafit.
         llamacpp: The file as its users run it.
     """
@@ -177,6 +147,7 @@ class Certificate:
     base: FileRecord
     merged: FileRecord
     weights: Weights
+    requantized: Requantized | None
     held_out: HeldOut | NotMeasured
     llamacpp: InLlamaCpp | NotMeasured
 
@@ -206,15 +177,18 @@ def certify(
     written = Path(written)
     say("comparing every byte with the base")
     comparison = verify(plan, written)
-    path = plan.run / _HELD_OUT_FILE
+    path = plan.run / HELD_OUT_FILE
     examples = read_examples(path) if path.is_file() else []
     documents = encode_all(examples, plan.base.tokenizer)
+    exact = [change for change in plan.changes if isinstance(change, OffsetChange)]
     if examples:
         say(f"measuring run and merged file on {len(examples)} held-out rows")
-    held_out = _compare_models(plan, written, documents, name)
+    merged = load_base(written, compute=plan.config.compute).model
+    _check_weights(plan, merged, exact, name)
+    rounded = _measure_rounding(plan, merged)
+    held_out = _compare_losses(plan, merged, documents, name)
     if available():
         say("running base and merged file in llama.cpp")
-    questions = [_question(example, document) for example, document in zip(examples, documents, strict=True)]
     return Certificate(
         lorafit=__version__,
         run=plan.run.resolve().name,
@@ -223,90 +197,77 @@ def certify(
         merged=FileRecord(name, comparison.sha256, comparison.size),
         weights=Weights(
             bit_identical=True,
-            tensors=len(plan.changes),
-            offsets=sum(change.offsets.numel() for change in plan.changes),
+            tensors=len(exact),
+            offsets=sum(change.offsets.numel() for change in exact),
             bytes_changed=comparison.bytes_changed,
+            promoted=_count_formats([change for change in exact if change.format != change.tensor.format]),
+            untouched=len(plan.file.tensors) - len(plan.changes),
             rounded_otherwise=plan.rounded_otherwise,
         ),
+        requantized=rounded,
         held_out=held_out,
-        llamacpp=_run_in_llamacpp(plan, written, questions, name) if available() else _NO_LLAMACPP,
+        llamacpp=run_in_llamacpp(plan.base.path, written, name, examples, documents),
     )
 
 
-def _compare_models(plan: Plan, written: Path, documents: Sequence[Document], name: str) -> HeldOut | NotMeasured:
-    """Load the file: its weights are the run's, and so is its loss, to the last bit; anything else is an error."""
-    merged = load_base(written, compute=plan.config.compute).model
-    for change in plan.changes:
+def _count_formats(changes: Sequence[OffsetChange | RoundedChange]) -> dict[str, int]:
+    return dict(Counter(f"{change.tensor.format} to {change.format}" for change in changes))
+
+
+def _check_weights(plan: Plan, merged: PreTrainedModel, changes: Sequence[OffsetChange], name: str) -> None:
+    """The layers with new offsets unpack to the bits that the run computes with."""
+    for change in changes:
         trained, loaded = plan.base.model.get_submodule(change.module), merged.get_submodule(change.module)
         assert isinstance(trained, QALoRALinear) and isinstance(loaded, PackedLinear)
-        expected = trained.base.packed.dense(torch.float32, trained.merged_offsets()).clone()
+        expected = trained.trained.dense(torch.float32, trained.merged_offsets()).clone()
         found = loaded.packed.dense(torch.float32)
         if not torch.equal(expected.view(torch.int32), found.view(torch.int32)):
             raise MergeError(f"{name} is not kept: the weights of {change.module} are not those that were trained")
+
+
+def _measure_rounding(plan: Plan, merged: PreTrainedModel) -> Requantized | None:
+    changes = [change for change in plan.changes if isinstance(change, RoundedChange)]
+    if not changes:
+        return None
+    error = size = 0.0
+    for module in dict.fromkeys(change.module for change in changes):
+        trained = plan.base.model.get_submodule(module)
+        assert isinstance(trained, AdapterModule)
+        updates = trained.delta_weight().view(-1, trained.out_features, trained.in_features)
+        pairs = zip(_matrices(trained.base), _matrices(merged.get_submodule(module)), updates, strict=True)
+        for before, found, update in pairs:
+            wanted = before + update
+            error += float((found - wanted).double().square().sum())
+            size += float(wanted.double().square().sum())
+    return Requantized(False, len(changes), _count_formats(changes), (error / size) ** 0.5 if size else 0.0)
+
+
+def _matrices(layer: torch.nn.Module) -> Iterator[Tensor]:
+    """The matrix of a linear layer, or those of its experts: float32 [out_dim, in_dim]."""
+    if isinstance(layer, ExpertStack):
+        for expert in range(layer.experts):
+            yield layer.dense(expert, torch.float32).clone()
+    else:
+        assert isinstance(layer, PackedLinear)
+        yield layer.packed.dense(torch.float32).clone()
+
+
+def _compare_losses(
+    plan: Plan, merged: PreTrainedModel, documents: Sequence[Document], name: str
+) -> HeldOut | NotMeasured:
+    """The loss of the file is that of the run to the last bit, or near it where tensors were rounded anew."""
     if not documents:
-        return _NO_ROWS
+        return NO_ROWS
     config, context = plan.config, merged.config.max_position_embeddings
     documents = fit_length(documents, min(config.max_length or context, context), config.truncate)
     batches = split_passes(documents, config.pass_tokens)
     of_run, of_file = evaluate(plan.base.model, batches), evaluate(merged, batches)
-    if of_run.loss != of_file.loss:
+    if plan.requantize is None and of_run.loss != of_file.loss:
         raise MergeError(f"{name} is not kept: its held-out loss is {of_file.loss!r}, that of the run {of_run.loss!r}")
+    if not of_file.loss <= of_run.loss + plan.tolerance:
+        raise MergeError(
+            f"{name} is not kept: rounding to --requantize {plan.requantize} raised the held-out loss from "
+            f"{of_run.loss:.4f} to {of_file.loss:.4f}, by more than --tolerance {plan.tolerance:g}; choose a finer one"
+        )
     compute = str(plan.base.compute).removeprefix("torch.")
     return HeldOut(of_run.loss, of_file.loss, len(documents), of_run.tokens, compute)
-
-
-@dataclass(frozen=True)
-class _Question:
-    """A held-out answer: the conversation before it, and the tokens before it and of it."""
-
-    messages: tuple[dict[str, str], ...]
-    prompt: list[int]
-    answer: list[int]
-
-
-def _question(example: Example, document: Document) -> _Question:
-    """The last answer of a row."""
-    end = max(place for place, trained in enumerate(document.trained) if trained) + 1
-    start = end
-    while start and document.trained[start - 1]:
-        start -= 1
-    last = max(place for place, message in enumerate(example.messages) if message["role"] == "assistant")
-    messages = tuple({"role": m["role"], "content": m["content"]} for m in example.messages[:last])
-    return _Question(messages, document.tokens[:start], document.tokens[start:end][:_SCORED_TOKENS])
-
-
-def _run_in_llamacpp(plan: Plan, written: Path, questions: Sequence[_Question], name: str) -> InLlamaCpp:
-    """Base and file in llama.cpp, on the held-out answers with the shortest prompts."""
-    asked = sorted(questions, key=lambda question: len(question.prompt))[:_SCORED_ROWS]
-    try:
-        base_loss, base_answer = _ask(plan.base.path, asked)
-        merged_loss, merged_answer = _ask(written, asked)
-    except ModelError as error:
-        # The file at hand has a temporary name that means nothing to anyone.
-        raise MergeError(f"{name} is not kept: {str(error).replace(str(written), name)}") from error
-    answers: Answers | NotMeasured = _NO_ROWS
-    if asked:
-        answers = Answers(
-            base_loss=base_loss,
-            merged_loss=merged_loss,
-            rows=len(asked),
-            tokens=sum(len(question.answer) for question in asked),
-            prompt=list(asked[0].messages),
-            base_answer=base_answer,
-            merged_answer=merged_answer,
-            answers_differ=base_answer != merged_answer,
-        )
-    return InLlamaCpp(True, version("xllamacpp"), answers)
-
-
-def _ask(path: Path, questions: Sequence[_Question]) -> tuple[float, str]:
-    """Mean negative log-probability of all answers' tokens, and the model's own answer to the first question."""
-    longest = max((len(question.prompt) for question in questions), default=0)
-    with LlamaCpp(path, n_ctx=longest + _ANSWER_TOKENS + _SPARE_CONTEXT) as model:
-        if not questions:
-            return 0.0, ""
-        total = sum(
-            model.answer_loss(question.prompt, question.answer) * len(question.answer) for question in questions
-        )
-        own = model.generate(questions[0].messages, max_tokens=_ANSWER_TOKENS)
-    return total / sum(len(question.answer) for question in questions), own

@@ -3,7 +3,8 @@
 A packed weight is w = d·q + m. QA-LoRA trains m' = fp16(m + s·B A), one number for each block, and computes with
 exactly these; a block has room for exactly these; so the merged model *is* the trained one. The run stores m', and
 merging copies it into the two bytes of each offset. Nothing is computed, therefore nothing can round, and a format that
-has offsets keeps its size.
+has offsets keeps its size. A tensor whose format has none is promoted first, as it was for training: the merged file
+then has the very blocks that were trained, and is larger by the offsets.
 
 Rows are stored in Hugging Face's order, and go to where the file has them only when they are written.
 """
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from lorafit.containers.gguf import TensorInfo
 from lorafit.errors import MergeError
-from lorafit.formats import block_format, write_offsets
+from lorafit.formats import block_format, promote, write_offsets
 from lorafit.modules import QALoRALinear
 
 # How many recomputed offsets may round otherwise than in training. A sum in float32 is off by 1e-7 of its size and half
@@ -58,7 +59,7 @@ class OffsetChange:
 
     def convert(self, start: int, blocks: Tensor) -> Tensor:
         """Rows ``start`` and following as the merged file has them."""
-        return write_offsets(blocks, self.format, self.in_file_order[start : start + len(blocks)])
+        return write_offsets(self._promoted(blocks), self.format, self.in_file_order[start : start + len(blocks)])
 
     def compare(self, start: int, old: Tensor, new: Tensor) -> tuple[int, int, int]:
         """Hold written rows against those of the base.
@@ -69,17 +70,20 @@ class OffsetChange:
             new: The merged file's.
 
         Returns:
-            How many bytes of offsets changed; how many are not those of the stored offsets; and how many bytes outside
-            of offsets changed.
+            How many bytes of offsets changed, against the base's rows, promoted where the format is another; how many
+            are not those of the stored offsets; and how many bytes outside of offsets changed.
         """
         block = block_format(self.format)
         assert block.offset_at is not None
         field = slice(block.offset_at, block.offset_at + 2)
         stored = self.in_file_order[start : start + len(new)].contiguous().view(torch.uint8)
-        before, after = (rows.unflatten(1, (-1, block.nbytes)) for rows in (old, new))
+        before, after = (rows.unflatten(1, (-1, block.nbytes)) for rows in (self._promoted(old), new))
         changed = differing(before[..., field], after[..., field])
         wrong = differing(after[..., field].flatten(), stored.flatten())
         return changed, wrong, differing(before, after) - changed
+
+    def _promoted(self, blocks: Tensor) -> Tensor:
+        return blocks if self.format == self.tensor.format else promote(blocks, self.tensor.format)[0]
 
 
 def differing(one: Tensor, other: Tensor) -> int:

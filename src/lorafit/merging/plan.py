@@ -7,23 +7,29 @@ was written is then *verified* side by side with the base (``verify.py``) and me
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 from torch import Tensor
 
 from lorafit.adapters import load_adapter, read_record
 from lorafit.adapters.peft import OFFSETS_FILE, read_offsets_file
-from lorafit.config import QALoRA, TrainConfig, read_settings
+from lorafit.config import QALoRA, Requantize, TrainConfig, read_settings
 from lorafit.containers.atomic import fingerprint
 from lorafit.containers.gguf import GGUFFile
 from lorafit.containers.gguf_writer import rewrite
 from lorafit.errors import MergeError, MissingFileError
+from lorafit.merging.engine import HELD_OUT_FILE
 from lorafit.merging.exact import OffsetChange, check_origin
+from lorafit.merging.requantize import RoundedChange, packed_weights, rounded_changes
 from lorafit.models.base import Base
 from lorafit.models.load import load_base
-from lorafit.modules import AdapterModule, PackedEmbedding, PackedLinear, QALoRALinear, adapter_modules
+from lorafit.modules import AdapterModule, PackedEmbedding, QALoRALinear, adapter_modules
+
+DEFAULT_TOLERANCE = 0.05  # nats per token of held-out loss
 
 
 @dataclass(frozen=True)
@@ -38,6 +44,8 @@ class Plan:
         file: The base file.
         changes: What is written, in the order of the file.
         rounded_otherwise: Offsets that this machine, computing them anew from A and B, rounds to a neighbour.
+        requantize: What tensors with plain LoRA are rounded to; None if there are none.
+        tolerance: By how much that may raise the held-out loss.
     """
 
     run: Path
@@ -45,20 +53,24 @@ class Plan:
     base: Base
     base_sha256: str
     file: GGUFFile
-    changes: tuple[OffsetChange, ...]
+    changes: tuple[OffsetChange | RoundedChange, ...]
     rounded_otherwise: int
+    requantize: Requantize | None = None
+    tolerance: float = DEFAULT_TOLERANCE
 
 
-def plan(run: str | Path) -> Plan:
+def plan(run: str | Path, *, requantize: Requantize | None = None, tolerance: float | None = None) -> Plan:
     """Detect what a run is, work out its merge and validate it; nothing is written.
 
     Args:
         run: Directory of a run.
+        requantize: The format to which tensors with plain LoRA are rounded; ``keep`` for the format of each.
+        tolerance: By how much that may raise the held-out loss, in nats per token.
 
     Raises:
         MissingFileError: There is no such run, it is not complete, or its base has gone.
-        MergeError: Its method has no exact merge, its base is not the file that it was trained on, or its stored
-            offsets do not fit the file or do not belong to its adapter.
+        MergeError: Its method has no exact merge, its base is not the file that it was trained on, its stored offsets
+            do not fit the file or do not belong to its adapter, or ``requantize`` is missing, idle or impossible.
     """
     run = Path(run)
     base, config, sha256 = _detect(run)
@@ -68,17 +80,19 @@ def plan(run: str | Path) -> Plan:
     file = GGUFFile.open(base.path)
     _check_tensors(base, adapters, file)
     exact = {name: module for name, module in adapters.items() if isinstance(module, QALoRALinear)}
-    if len(exact) < len(adapters):
-        raise MergeError(
-            f"{run} trained plain LoRA on {len(adapters) - len(exact)} tensors without block offsets, which does not "
-            f"merge without rounding; ship {run / 'adapter'} beside the base, or train with --frozen-tensors frozen"
-        )
+    beside = {name: module for name, module in adapters.items() if name not in exact}
+    _check_options(run, len(beside), requantize, tolerance)
     rounded_otherwise = check_origin(run / "adapter" / OFFSETS_FILE, exact, stored)
+    changes: list[OffsetChange | RoundedChange] = []
     for name, module in exact.items():
         module.hold(stored[name])
-    changes = [_change(name, module, file, stored[name]) for name, module in exact.items()]
+        changes.append(_offset_change(name, module, file, stored[name]))
+    if requantize is not None:
+        for name, other in beside.items():
+            changes += rounded_changes(name, other, file.tensors, requantize)
     changes.sort(key=lambda change: change.tensor.offset)
-    return Plan(run, config, base, sha256, file, tuple(changes), rounded_otherwise)
+    tolerance = DEFAULT_TOLERANCE if tolerance is None else tolerance
+    return Plan(run, config, base, sha256, file, tuple(changes), rounded_otherwise, requantize, tolerance)
 
 
 def apply(plan: Plan, target: str | Path) -> None:
@@ -126,21 +140,48 @@ def _detect(run: Path) -> tuple[Base, TrainConfig, str]:
     return base, config, sha256
 
 
+def _check_options(run: Path, beside: int, requantize: Requantize | None, tolerance: float | None) -> None:
+    """Tensors with plain LoRA need a format to be rounded to, and without them there is nothing to round."""
+    if requantize is not None and requantize not in get_args(Requantize):
+        raise MergeError(f"--requantize {requantize} is not one of {', '.join(get_args(Requantize))}")
+    if beside and requantize is None:
+        raise MergeError(
+            f"{run} trained plain LoRA on {beside} layers without block offsets (--frozen-tensors lora), which can be "
+            "merged only by rounding them anew: say to what, as in --requantize q8_0, or ship "
+            f"{run / 'adapter'} beside the base"
+        )
+    if requantize is not None and not beside:
+        raise MergeError(f"--requantize {requantize} has no effect on {run}, of which every layer merges exactly")
+    if tolerance is None:
+        return
+    if requantize is None:
+        raise MergeError(
+            f"--tolerance {tolerance:g} has no effect without --requantize: the loss may not change at all"
+        )
+    if not 0 <= tolerance < math.inf:
+        raise MergeError(f"--tolerance is {tolerance:g}, but must be at least 0")
+    if not (run / HELD_OUT_FILE).is_file():
+        raise MergeError(f"--tolerance {tolerance:g} has no effect: {run} held no rows out to measure the loss on")
+
+
 def _check_tensors(base: Base, adapters: Mapping[str, AdapterModule], file: GGUFFile) -> None:
-    """Every layer has a tensor in the file that is its own."""
+    """Every layer has tensors in the file that are its own."""
     tables = {module.packed.name for module in base.model.modules() if isinstance(module, PackedEmbedding)}
     for name, module in adapters.items():
-        packed = module.base.packed if isinstance(module.base, PackedLinear) else None
-        info = file.tensors.get(packed.name) if packed else None
-        if packed is None or info is None or info.format != packed.format_name or info.shape != packed.shape:
+        packed = packed_weights(module)
+        infos = [file.tensors.get(part.name) for part in packed]
+        if not packed or any(
+            info is None or info.format != part.format_name or math.prod(info.shape) != math.prod(part.shape)
+            for part, info in zip(packed, infos, strict=True)
+        ):
             raise MergeError(f"{file.path} has not the tensor that {name} was loaded from; did it change meanwhile?")
-        if packed.name in tables:
+        if any(part.name in tables for part in packed):
             raise MergeError(
-                f"{packed.name} is the table of embeddings too, which merging {name} would change; train without that "
+                f"the tensor of {name} is the table of embeddings too, which merging would change; train without that "
                 "layer, or ship the adapter beside the base"
             )
 
 
-def _change(name: str, module: QALoRALinear, file: GGUFFile, offsets: Tensor) -> OffsetChange:
+def _offset_change(name: str, module: QALoRALinear, file: GGUFFile, offsets: Tensor) -> OffsetChange:
     packed = module.base.packed
-    return OffsetChange(name, file.tensors[packed.name], packed.format_name, offsets, packed.rows)
+    return OffsetChange(name, file.tensors[packed.name], module.trained.format_name, offsets, packed.rows)

@@ -14,7 +14,7 @@ from typing import BinaryIO
 import numpy as np
 
 from lorafit.containers.gguf_writer import new_gap, new_head, new_table, read_gap, read_head, read_rows
-from lorafit.errors import ContainerError, MergeError
+from lorafit.errors import ContainerError, FormatError, MergeError
 from lorafit.merging.exact import differing
 from lorafit.merging.plan import Plan
 
@@ -62,7 +62,7 @@ def verify(plan: Plan, written: str | Path) -> Comparison:
                     else:
                         counts = change.compare(start, before, after)
                         changed, wrong, elsewhere = changed + counts[0], wrong + counts[1], elsewhere + counts[2]
-            except ContainerError as error:
+            except (ContainerError, FormatError) as error:
                 raise MergeError(f"{written} cannot be compared with {plan.base.path}: {error}") from None
             gap = new_gap(source, read_gap(source, old, info), info, moved)
             elsewhere += _differing(gap, new.read(len(gap)))

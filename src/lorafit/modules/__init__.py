@@ -1,7 +1,7 @@
 """What stands where a linear layer or an embedding stood."""
 
 from lorafit.modules.adapter import AdapterModule, adapter_modules, adapters_disabled
-from lorafit.modules.attach import Coverage, attach
+from lorafit.modules.attach import Coverage, Promotion, attach
 from lorafit.modules.experts import DenseExperts, Experts, PackedExperts
 from lorafit.modules.lora import LoRALinear
 from lorafit.modules.lora_experts import LoRAExperts
@@ -19,6 +19,7 @@ __all__ = [
     "PackedExperts",
     "PackedLinear",
     "PackedWeight",
+    "Promotion",
     "QALoRALinear",
     "adapter_modules",
     "adapters_disabled",

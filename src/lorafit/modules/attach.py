@@ -4,17 +4,39 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 from torch import nn
 
 from lorafit.config import AdapterConfig, LoRA, QALoRA, QLoRA
 from lorafit.errors import AdapterError, ConfigError
-from lorafit.formats import block_format
+from lorafit.formats import EXACTLY_PROMOTED, block_format
 from lorafit.modules.adapter import AdapterModule, adapter_modules
 from lorafit.modules.lora import LoRALinear
-from lorafit.modules.packed import PackedEmbedding, PackedLinear, is_embedding, is_linear
-from lorafit.modules.qalora import QALoRALinear
+from lorafit.modules.packed import PackedEmbedding, PackedLinear, PackedWeight, is_embedding, is_linear
+from lorafit.modules.qalora import QALoRALinear, has_offsets
+
+
+@dataclass(frozen=True)
+class Promotion:
+    """A tensor that is trained in another format than it has in the file.
+
+    Attributes:
+        source: Its format in the file.
+        target: The format with block offsets that it is trained in.
+        exact: Whether its weights stay the same to the last bit.
+        source_bytes: Its bytes in the file.
+        target_bytes: Its bytes while it is trained, in memory, and in the merged file.
+    """
+
+    source: str
+    target: str
+    exact: bool
+    source_bytes: int
+    target_bytes: int
+
+    def __str__(self) -> str:
+        return f"promoted from {self.source} to {self.target}, {'exact' if self.exact else 'rounded'}"
 
 
 @dataclass(frozen=True)
@@ -28,6 +50,7 @@ class Coverage:
         formats: Full name -> block format or dtype of the frozen weight, for all of them.
         total_parameters: Parameters of the base, packed ones counted as weights.
         beside: Full name of a layer that has plain LoRA although the method is ``qalora`` -> why.
+        promoted: Full name of a layer whose blocks were given offsets -> how, and what it costs.
     """
 
     method: str
@@ -36,21 +59,41 @@ class Coverage:
     formats: dict[str, str]
     total_parameters: int
     beside: dict[str, str] = field(default_factory=dict)
+    promoted: dict[str, Promotion] = field(default_factory=dict)
 
     @property
     def trainable_parameters(self) -> int:
         """Number of trained parameters."""
         return sum(self.wrapped.values())
 
+    @property
+    def promotion_bytes(self) -> int:
+        """By how much promotion makes the merged file larger than the base."""
+        return sum(promotion.target_bytes - promotion.source_bytes for promotion in self.promoted.values())
+
+    @property
+    def promoted_memory_bytes(self) -> int:
+        """Bytes of promoted blocks, which are held in memory while the tensors in the file are not read."""
+        return sum(promotion.target_bytes for promotion in self.promoted.values())
+
     def fate(self, name: str) -> str:
         """What became of a layer, in a few words."""
         if name in self.frozen:
             return f"frozen: {self.frozen[name]}"
-        return f"trained by plain LoRA: {self.beside[name]}" if name in self.beside else "trained"
+        if name in self.beside:
+            return f"trained by plain LoRA: {self.beside[name]}"
+        return f"trained, {self.promoted[name]}" if name in self.promoted else "trained"
 
     def as_dict(self) -> dict[str, object]:
         """For ``summary.json``."""
-        return {"wrapped": self.wrapped, "beside": self.beside, "frozen": self.frozen, "formats": self.formats}
+        promoted = {name: asdict(promotion) for name, promotion in self.promoted.items()}
+        return {
+            "wrapped": self.wrapped,
+            "promoted": promoted,
+            "beside": self.beside,
+            "frozen": self.frozen,
+            "formats": self.formats,
+        }
 
 
 def attach(model: nn.Module, config: AdapterConfig) -> Coverage:
@@ -80,7 +123,7 @@ def attach(model: nn.Module, config: AdapterConfig) -> Coverage:
     if len(unsuited) == len(chosen):
         raise AdapterError(
             f"no target layer can take {config.method} ({unsuited[chosen[0]]}): QA-LoRA trains the offsets of packed "
-            "blocks such as Q4_1's; use --method lora for this base"
+            "blocks, which Q4_1 and Q5_1 have and Q4_0, Q5_0, Q4_K and Q5_K can be given; use --method lora here"
         )
     if isinstance(config, QLoRA) and not any(_is_quantized(layers[name]) for name in chosen):
         raise AdapterError(
@@ -90,7 +133,9 @@ def attach(model: nn.Module, config: AdapterConfig) -> Coverage:
     beside: dict[str, str] = {}
     if isinstance(config, QALoRA) and config.frozen_tensors == "lora":
         if not unsuited:
-            raise ConfigError("--frozen-tensors lora has no effect: every target layer has block offsets; leave it out")
+            raise ConfigError(
+                "--frozen-tensors lora has no effect: every target has block offsets or is given them; leave it out"
+            )
         beside, unsuited = unsuited, beside
     frozen |= unsuited
     total = count_parameters(model)
@@ -98,11 +143,13 @@ def attach(model: nn.Module, config: AdapterConfig) -> Coverage:
     # All adapters before the first is placed: one that cannot be made leaves the model as it was.
     adapters = {name: _wrap(layers[name], config, name in beside) for name in chosen if name not in unsuited}
     model.requires_grad_(False)
-    wrapped = {}
+    wrapped, promoted = {}, {}
     for name, adapter in adapters.items():
         wrapped[name] = sum(parameter.numel() for parameter in adapter.adapter_parameters().values())
+        if isinstance(adapter, QALoRALinear) and adapter.promoted is not None:
+            promoted[name] = _promotion(adapter.base.packed, adapter.promoted)
         model.set_submodule(name, adapter)
-    return Coverage(config.method, wrapped, frozen, formats, total, beside)
+    return Coverage(config.method, wrapped, frozen, formats, total, beside, promoted)
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -122,6 +169,11 @@ def _wrap(layer: nn.Module, config: AdapterConfig, beside: bool) -> AdapterModul
         assert isinstance(layer, PackedLinear), "checked by _why_unsuited"
         return QALoRALinear(layer, config)
     return LoRALinear(layer, config)
+
+
+def _promotion(source: PackedWeight, target: PackedWeight) -> Promotion:
+    exact = source.format_name in EXACTLY_PROMOTED
+    return Promotion(source.format_name, target.format_name, exact, source.nbytes, target.nbytes)
 
 
 def _output_head(model: nn.Module) -> nn.Module | None:
@@ -154,7 +206,7 @@ def _why_unsuited(layer: nn.Module, config: AdapterConfig) -> str | None:
         return None
     if not isinstance(layer, PackedLinear):
         return "not packed"
-    if block_format(layer.packed.format_name).offset_at is None:
+    if not has_offsets(layer.packed.format_name):
         return f"{layer.packed.format_name} has no block offsets"
     return None
 

@@ -13,6 +13,10 @@ through as the identity (a straight-through estimator), which gives, with X̄ th
 dM costs 1/g of a full weight gradient. A starts uniform within 1/√in_dim: block sums are √g times larger than single
 inputs, so this gives the update the size that LoRA's has. Block-wise A is the same as plain LoRA with every column
 repeated g times, which is how it is saved.
+
+A layer whose blocks have no offset, but whose format can be promoted to one that has (``lorafit.formats.promote``), is
+trained on promoted blocks. These are new memory; the layer keeps the blocks of the file too, which cost nothing as long
+as nobody reads them, and with the adapter disabled it computes with those.
 """
 
 from __future__ import annotations
@@ -25,33 +29,43 @@ import torch
 from torch import Tensor, nn
 
 from lorafit.config import QALoRA
-from lorafit.errors import AdapterError
-from lorafit.formats import block_format, read_offsets
+from lorafit.containers.mapped import release
+from lorafit.errors import AdapterError, FormatError
+from lorafit.formats import PROMOTED, block_format, promote, read_offsets
 from lorafit.modules.adapter import AdapterModule
 from lorafit.modules.packed import PackedLinear, PackedWeight
+
+
+def has_offsets(format_name: str) -> bool:
+    """Whether QA-LoRA can train a weight in this format, promoted if need be."""
+    return format_name in PROMOTED or block_format(format_name).offset_at is not None
 
 
 class QALoRALinear(AdapterModule):
     """A packed linear layer whose block offsets are trained: [..., in_dim] -> [..., out_dim].
 
     Args:
-        base: A packed layer in a format with offsets.
+        base: A packed layer in a format that has offsets or can be promoted to one.
         config: Rank and scaling.
 
+    Attributes:
+        promoted: The base's weight in a format with offsets, if its own has none.
+
     Raises:
-        AdapterError: The format has no offsets, or the rank exceeds the number of blocks in a row.
+        AdapterError: There are no offsets, or the rank exceeds the number of blocks in a row.
     """
 
     base: PackedLinear
+    promoted: PackedWeight | None
     offsets: Tensor
 
     def __init__(self, base: PackedLinear, config: QALoRA) -> None:
         super().__init__(base)
         packed = base.packed
-        block = block_format(packed.format_name)
-        if block.offset_at is None:
+        if not has_offsets(packed.format_name):
             raise AdapterError(f"{packed.name}: {packed.format_name} blocks have no offset for QA-LoRA to train")
-        self.group = block.elements
+        target = PROMOTED.get(packed.format_name)
+        self.group = block_format(target or packed.format_name).elements
         groups = self.in_features // self.group
         if config.rank > groups:
             raise AdapterError(
@@ -59,6 +73,8 @@ class QALoRALinear(AdapterModule):
                 f"much; use --rank {groups} or less"
             )
         self.scale = config.scale
+        self.promoted = _promoted(packed) if target else None
+        packed = self.trained
         offsets = read_offsets(packed.blocks, packed.format_name)
         self.register_buffer("offsets", offsets if packed.rows is None else offsets[packed.rows], persistent=False)
         device = packed.blocks.device
@@ -66,6 +82,11 @@ class QALoRALinear(AdapterModule):
         self.qalora_B = nn.Parameter(torch.zeros(self.out_features, config.rank, device=device))
         nn.init.uniform_(self.qalora_A, -(self.in_features**-0.5), self.in_features**-0.5)
         self._held: Tensor | None = None
+
+    @property
+    def trained(self) -> PackedWeight:
+        """The weight whose offsets are trained: the base's own, or the promoted one."""
+        return self.base.packed if self.promoted is None else self.promoted
 
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
         return {"qalora_A": self.qalora_A, "qalora_B": self.qalora_B}
@@ -102,9 +123,9 @@ class QALoRALinear(AdapterModule):
             return self.base(x)
         offsets = self.merged_offsets()
         if torch.is_grad_enabled():
-            y = _OffsetProduct.apply(x, self.qalora_A, self.qalora_B, offsets, self.scale, self.base.packed, self.group)
+            y = _OffsetProduct.apply(x, self.qalora_A, self.qalora_B, offsets, self.scale, self.trained, self.group)
         else:
-            y = self.base.packed.product(x, offsets)
+            y = self.trained.product(x, offsets)
         return y if self.base.bias is None else y + self.base.bias
 
 
@@ -128,6 +149,22 @@ class _OffsetProduct(torch.autograd.Function):
         db = (dm @ a.T).mul_(ctx.scale)
         dx = grad @ ctx.packed.dense(grad.dtype, offsets) if ctx.needs_input_grad[0] else None
         return dx, da, db, None, None, None, None
+
+
+def _promoted(packed: PackedWeight) -> PackedWeight:
+    try:
+        blocks, format_name = promote(packed.blocks, packed.format_name)
+    except FormatError as error:
+        raise AdapterError(f"{packed.name}: {error}; leave it out with --targets") from None
+    release(packed.blocks)
+    return PackedWeight(blocks, format_name, rows=packed.rows, name=packed.name)
+
+
+def release_originals(model: nn.Module) -> None:
+    """Let go of the pages of tensors that are trained promoted, after something read them; see ``release``."""
+    for module in model.modules():
+        if isinstance(module, QALoRALinear) and module.promoted is not None:
+            release(module.base.packed.blocks)
 
 
 @contextmanager

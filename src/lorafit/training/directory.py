@@ -156,21 +156,21 @@ class RunDirectory:
         with self.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 
-    def record_evaluation(self, step: int, metrics: Metrics | None) -> None:
+    def record_evaluation(self, step: int, metrics: Metrics | None, kind: str = "eval") -> None:
         """Append an evaluation, if there was one."""
         if metrics:
-            self.record({"step": step, **{f"eval_{key}": value for key, value in metrics.as_dict().items()}})
+            self.record({"step": step, **{f"{kind}_{key}": value for key, value in metrics.as_dict().items()}})
 
     def records(self) -> list[dict[str, Any]]:
         """The lines of ``metrics.jsonl``; one that was not written to its end is passed over."""
         lines = self.metrics.read_text(encoding="utf-8").splitlines(keepends=True)
         return [json.loads(line) for line in lines if line.endswith("\n")]
 
-    def evaluation_at(self, step: int) -> Metrics | None:
+    def evaluation_at(self, step: int, kind: str = "eval") -> Metrics | None:
         """The evaluation that was recorded at a step."""
         for record in self.records():
-            if record["step"] == step and "eval_loss" in record:
-                return Metrics(**{name: record[f"eval_{name}"] for name in Metrics.__dataclass_fields__})
+            if record["step"] == step and f"{kind}_loss" in record:
+                return Metrics(**{name: record[f"{kind}_{name}"] for name in Metrics.__dataclass_fields__})
         return None
 
 

@@ -13,7 +13,7 @@ from lorafit.config import TrainConfig
 from lorafit.containers.atomic import replacing, write_text
 from lorafit.modules import Coverage
 from lorafit.modules.size import Size
-from lorafit.training.summary import Sample, Summary
+from lorafit.training.summary import PromotionCost, Sample, Summary
 
 
 def write(run: Path, summary: Summary, config: TrainConfig, records: Sequence[Mapping[str, Any]]) -> None:
@@ -97,7 +97,8 @@ def write_report(path: Path, summary: Summary, config: TrainConfig) -> None:
     """Write ``report.md``."""
     lines = [f"# {_title(summary)}", "", *_result(summary), "![loss](loss.png)", ""]
     lines += ["## Base", "", *_base(summary), ""]
-    lines += ["## Coverage", "", *_coverage(summary.coverage), "", *_samples(summary.samples)]
+    lines += ["## Coverage", "", *_coverage(summary.coverage), "", *_promotion(summary.promotion)]
+    lines += _samples(summary.samples)
     memory = f"{summary.peak_rss_bytes / 1e9:.2f} GB" if summary.peak_rss_bytes else "not measured on this system"
     lines += [
         "## Cost",
@@ -196,7 +197,8 @@ def _by_reason(layers: Mapping[str, str]) -> dict[str, list[str]]:
 
 def _coverage(coverage: Coverage) -> list[str]:
     lines = [f"{coverage.trainable_parameters:,} parameters in {len(coverage.wrapped)} layers are trained."]
-    fates = {"Trained by plain LoRA": coverage.beside, "Left frozen": coverage.frozen}
+    promoted = {name: str(promotion) for name, promotion in coverage.promoted.items()}
+    fates = {"Trained": promoted, "Trained by plain LoRA": coverage.beside, "Left frozen": coverage.frozen}
     reasons: dict[tuple[str, str], list[str]] = {}
     for fate, layers in fates.items():
         for name, reason in layers.items():
@@ -205,6 +207,28 @@ def _coverage(coverage: Coverage) -> list[str]:
         shown = ", ".join(f"`{name}`" for name in names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
         lines.append(f"{fate}: {shown}: {reason}.")
     return lines
+
+
+def _promotion(cost: PromotionCost | None) -> list[str]:
+    if cost is None:
+        return []
+    loss = "nothing was held out, so its effect on the loss was not measured"
+    if cost.loss_in_file is not None and cost.loss_promoted is not None:
+        loss = (
+            f"held-out loss of the base before training: {cost.loss_in_file:.6f} as in its file, "
+            f"{cost.loss_promoted:.6f} promoted (a difference of {cost.loss_promoted - cost.loss_in_file:.2g})"
+        )
+    return [
+        "## Promotion",
+        "",
+        "QA-LoRA trains block offsets, and these tensors' blocks had none:",
+        "",
+        *(f"- {count} {how}" for how, count in cost.tensors.items()),
+        f"- the merged file is {cost.file_bytes:,} bytes larger than the base ({cost.file_share:.1%}); "
+        f"{cost.memory_bytes:,} bytes of promoted blocks were held in memory",
+        f"- {loss}",
+        "",
+    ]
 
 
 def _samples(samples: Sequence[Sample]) -> list[str]:

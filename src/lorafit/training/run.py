@@ -24,8 +24,8 @@ from lorafit.errors import ConfigError, LorafitError, TrainingError
 from lorafit.evaluation.loss import Metrics, evaluate
 from lorafit.models.base import Base
 from lorafit.models.load import load_base
-from lorafit.modules import attach
-from lorafit.modules.qalora import offsets_held
+from lorafit.modules import adapters_disabled, attach
+from lorafit.modules.qalora import offsets_held, release_originals
 from lorafit.modules.size import measure_size
 from lorafit.objectives.sft import sft_loss
 from lorafit.training import report, setup
@@ -33,7 +33,7 @@ from lorafit.training.checkpoint import last_checkpoint, restore_checkpoint, sav
 from lorafit.training.directory import RunDirectory, lasting_name
 from lorafit.training.loop import Step, Trainer
 from lorafit.training.memory import peak_rss_bytes
-from lorafit.training.summary import Summary, answer_samples
+from lorafit.training.summary import Summary, answer_samples, promotion_cost
 
 _REMEDY = "try a lower --learning-rate, or --compute fp32"
 
@@ -67,6 +67,7 @@ class Run:
         self.begun = False
         self._say = say
         self._before: Metrics | None = None
+        self._promoted: Metrics | None = None
         torch.manual_seed(config.seed)
         self._adapter = setup.adapter_config(config, config.method)
         self.size = measure_size(base.model)
@@ -108,11 +109,16 @@ class Run:
         return run
 
     def begin(self) -> None:
-        """Measure the base and make the directory."""
-        self._before = self._evaluate("base")
+        """Measure the base, as it is in its file and as training starts from it, and make the directory."""
+        with adapters_disabled(self.base.model):
+            self._before = self._evaluate("base")
+        if self.coverage.promoted:
+            release_originals(self.base.model)
+            self._promoted = self._evaluate("base with promoted weights")
         self.directory.create(self.config, self.base.path, self.rows.held_out)
         self.begun = True
         self.directory.record_evaluation(0, self._before)
+        self.directory.record_evaluation(0, self._promoted, "promoted")
 
     def go_on(self) -> None:
         """Return to the last checkpoint."""
@@ -120,6 +126,7 @@ class Run:
         restore_checkpoint(self.trainer, last_checkpoint(self.directory.path))
         self.directory.rewind(self.trainer.done, self.last_step)
         self._before = self.directory.evaluation_at(0)
+        self._promoted = self.directory.evaluation_at(0, "promoted")
         self._say(f"going on after step {self.trainer.done}")
 
     def steps(self) -> Iterator[Step]:
@@ -204,6 +211,7 @@ class Run:
             kept=dict(base.kept),
             second_quantization=base.second_quantization,
             coverage=self.coverage,
+            promotion=promotion_cost(self.coverage, base.path, self._before, self._promoted),
             samples=samples,
         )
         report.write(directory.path, summary, self.config, records)

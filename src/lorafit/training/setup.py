@@ -30,10 +30,10 @@ from lorafit.data.packing import hold_out
 from lorafit.data.preview import too_long
 from lorafit.data.readers import Example, read_examples
 from lorafit.errors import ConfigError, DataError
-from lorafit.formats import block_format
 from lorafit.models.load import is_full_precision
 from lorafit.models.quantizing import BLOCK_FORMATS
 from lorafit.modules import PackedLinear
+from lorafit.modules.qalora import has_offsets
 from lorafit.training.optim import default_learning_rate
 
 _CHOICES = {
@@ -127,7 +127,7 @@ def check_options(config: TrainConfig) -> None:
         raise ConfigError("--truncate needs --max-length, the length to cut at")
     if config.no_eval:
         _refuse_idle(config, ("eval_every", "samples"), "with --no-eval")
-    if config.quantize and config.method == "qalora" and not _has_offsets(BLOCK_FORMATS[config.quantize]):
+    if config.quantize and config.method == "qalora" and not has_offsets(BLOCK_FORMATS[config.quantize]):
         raise ConfigError(
             f"--quantize {config.quantize} makes blocks without the offsets that --method qalora trains; use q4_1 or "
             "q5_1, or --method qlora"
@@ -257,13 +257,9 @@ def adapter_config(config: TrainConfig, method: Method) -> AdapterConfig:
 def default_method(model: PreTrainedModel, quantize: Quantize | None) -> Method:
     """``qalora`` where some layer has block offsets to train; else ``qlora`` with --quantize and ``lora`` without."""
     for layer in model.modules():
-        if isinstance(layer, PackedLinear) and _has_offsets(layer.packed.format_name):
+        if isinstance(layer, PackedLinear) and has_offsets(layer.packed.format_name):
             return "qalora"
     return "qlora" if quantize else "lora"
-
-
-def _has_offsets(format_name: str) -> bool:
-    return block_format(format_name).offset_at is not None
 
 
 def default_output(config: TrainConfig, method: Method) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -35,6 +37,50 @@ class Sample:
 
 
 @dataclass(frozen=True)
+class PromotionCost:
+    """What it cost to give blocks the offsets that QA-LoRA trains.
+
+    Attributes:
+        tensors: "promoted from FORMAT to FORMAT, exact or rounded" -> how many.
+        file_bytes: By how many bytes the merged file will be larger than the base.
+        file_share: The same as a share of the base.
+        memory_bytes: Bytes of promoted blocks, which are held in memory.
+        loss_in_file: Held-out loss of the base as it is in the file, before training; None without held-out rows.
+        loss_promoted: The same with promoted weights.
+    """
+
+    tensors: dict[str, int]
+    file_bytes: int
+    file_share: float
+    memory_bytes: int
+    loss_in_file: float | None
+    loss_promoted: float | None
+
+
+def promotion_cost(
+    coverage: Coverage, base: Path, in_file: Metrics | None, promoted: Metrics | None
+) -> PromotionCost | None:
+    """What promotion cost, if there was any.
+
+    Args:
+        coverage: What was attached.
+        base: The base file.
+        in_file: Metrics of the base as it is in the file.
+        promoted: Metrics of the base with promoted weights.
+    """
+    if not coverage.promoted:
+        return None
+    return PromotionCost(
+        tensors=dict(Counter(map(str, coverage.promoted.values()))),
+        file_bytes=coverage.promotion_bytes,
+        file_share=coverage.promotion_bytes / base.stat().st_size,
+        memory_bytes=coverage.promoted_memory_bytes,
+        loss_in_file=in_file.loss if in_file else None,
+        loss_promoted=promoted.loss if promoted else None,
+    )
+
+
+@dataclass(frozen=True)
 class Summary:
     """Figures of a run, as in ``summary.json``.
 
@@ -59,6 +105,7 @@ class Summary:
         kept: Linear layers that this left as they were -> why.
         second_quantization: The quantised file whose weights were quantised a second time, if they were.
         coverage: Which layers were trained, and why the others were not.
+        promotion: What it cost to give blocks offsets; None where none had to be given.
         samples: Held-out prompts answered by both.
     """
 
@@ -82,6 +129,7 @@ class Summary:
     kept: dict[str, str]
     second_quantization: str | None
     coverage: Coverage
+    promotion: PromotionCost | None
     samples: list[Sample]
 
     @property
