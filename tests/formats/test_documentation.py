@@ -1,8 +1,10 @@
 """docs/formats.md against the code."""
 
+import re
 from pathlib import Path
 
 from lorafit.formats import FORMATS, PROMOTED, bits_per_weight
+from lorafit.models.quantizing import BLOCK_FORMATS
 from tests.oracles.blocks import random_blocks
 
 PAGE = Path(__file__).parents[2] / "docs" / "formats.md"
@@ -44,7 +46,8 @@ def test_where_formats_come_from() -> None:
     for name, _, origin, *_ in tables()[0]:
         in_files = FORMATS[name].type_id is not None
         assert ("GGUF" if in_files else "bitsandbytes") in origin, name
-        assert "--quantize" not in origin or FORMATS[name].pack is not None, name
+        said = set(re.findall(r"--quantize (\w+)", origin))
+        assert said == {how for how, format_name in BLOCK_FORMATS.items() if format_name == name}
 
 
 def test_promotions_stand_in_their_table() -> None:
