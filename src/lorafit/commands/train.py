@@ -156,7 +156,7 @@ def _conclude(summary: Summary, console: Console) -> None:
     run = summary.output
     console.fields("Files", {"report": f"{run}/report.md", "figure": f"{run}/loss.png", "adapter": f"{run}/adapter"})
     following = {"talk": shlex.join(["lorafit", "chat", run])}
-    if summary.method == "qalora":
+    if summary.method == "qalora" and not summary.quantize:
         rounding = ["--requantize", "q8_0"] if summary.coverage.beside else []
         following["ship"] = shlex.join(["lorafit", "merge", run, f"{run}.gguf", *rounding])
     console.fields("Next", following)

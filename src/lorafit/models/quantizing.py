@@ -27,7 +27,7 @@ BLOCK_FORMATS: dict[Quantize, str] = {
     "q8_0": "Q8_0",
 }
 
-_ROWS = 256  # searched at once
+_AT_ONCE = 2**18  # weights that are searched at once
 
 
 def why_kept(width: int, how: Quantize) -> str | None:
@@ -62,7 +62,8 @@ def _search(weights: Tensor, format_name: str) -> formats.Packed:
     """The search for the best scales and offsets, some rows at a time: in float32 it needs as much memory again."""
     rows, width = weights.shape
     blocks = torch.empty(rows, block_format(format_name).row_bytes(width), dtype=torch.uint8)
-    for piece, result in zip(weights.split(_ROWS), blocks.split(_ROWS), strict=True):
+    step = max(1, _AT_ONCE // width)
+    for piece, result in zip(weights.split(step), blocks.split(step), strict=True):
         result.copy_(search.quantize(piece.float(), format_name).blocks)
     return formats.Packed(blocks, None)
 

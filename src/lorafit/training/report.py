@@ -149,7 +149,7 @@ def write_model_card(path: Path, summary: Summary, config: TrainConfig) -> None:
         "",
         *_result(summary),
     ]
-    if summary.method == "qalora":
+    if summary.method == "qalora" and not summary.quantize:
         lines += [
             "A QA-LoRA adapter: it is stored as an ordinary LoRA, which PEFT loads, and `lorafit merge` folds it into "
             "the block offsets of the quantised base by copying `qalora_offsets.safetensors`.",
