@@ -22,8 +22,8 @@ def summary(**changes: object) -> Summary:
         "method": "qalora", "trainable_parameters": 1234, "total_parameters": 56789, "steps": 7, "tokens": 9000,
         "trained_tokens": 3000, "seconds": 4.5, "peak_rss_bytes": 2_340_000_000, "compute": "bfloat16",
         "eval_before": Metrics(2.5, math.exp(2.5), 0.25, 400), "eval_after": Metrics(1.25, math.exp(1.25), 0.5, 400),
-        "size": Size(12_345_678, 5.678, 4.127), "quantize": "nf4", "kept": {"layers.0.odd": "its rows are odd"},
-        "second_quantization": "tiny.gguf (Q4_1)",
+        "size": Size(12_345_678, 5.678, 4.127), "quantize": None, "kept": {},
+        "second_quantization": None,
         "coverage": Coverage("qalora", {"layers.0.q": 1000, "layers.1.q": 234}, frozen, {}, 56789),
         "promotion": None, "samples": [Sample("Q | <b>?", "the reference", "<|im_start|>base\nsays", "tuned says")],
     }  # fmt: skip
@@ -43,15 +43,30 @@ def test_the_report_has_the_figures(tmp_path: Path) -> None:
         "- 7 steps, 9,000 tokens (3,000 of them trained), 4 s, 2,000 tokens/s in bfloat16",
         "- peak resident memory 2.34 GB",
         "- 12.3 MB, 5.678 bits per parameter; 4.127 in the quantised tensors",
-        "- linear layers quantised to nf4 while they were loaded",
-        "- a second quantisation: these weights were unpacked from tiny.gguf (Q4_1)",
-        "- left as they were: `layers.0.odd`: its rows are odd",
         # Two lines of one answer, whose tag Markdown would swallow.
         "> \\<|im_start|>base\n> says",
         "> tuned says",
         "> the reference",
     ):
         assert line in text, line
+
+
+def test_a_base_that_was_quantised_says_how(tmp_path: Path) -> None:
+    kept = {"layers.0.odd": "its rows are odd"}
+    quantized = summary(quantize="nf4", kept=kept, second_quantization="tiny.gguf (Q4_1)")
+    report.write_report(tmp_path / "report.md", quantized, TrainConfig("models/m", "d.jsonl", quantize="nf4"))
+    text = (tmp_path / "report.md").read_text(encoding="utf-8")
+    for line in (
+        "- linear layers quantised to nf4 while they were loaded",
+        "- a second quantisation: these weights were unpacked from tiny.gguf (Q4_1)",
+        "- left as they were: `layers.0.odd`: its rows are odd",
+        "lorafit train models/m d.jsonl --quantize nf4",
+    ):
+        assert line in text, line
+    report.write_model_card(tmp_path / "README.md", quantized, TrainConfig("models/m", "d.jsonl", quantize="nf4"))
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert "| quantised to | nf4, while it is loaded |" in card
+    assert "lorafit merge" not in card, "there is no file to merge into"
 
 
 def test_a_run_that_measured_nothing_says_so(tmp_path: Path) -> None:
