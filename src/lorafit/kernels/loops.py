@@ -20,6 +20,9 @@ from lorafit.kernels.vectors import F32, I64, LANES, POINTER, VectorBuilder, con
 # Addresses are 0 for what is not there. ``chunk`` rows are taken at a time, a row has ``groups`` blocks, and ``x`` of
 # float32 has ``tokens`` rows.
 FIELDS = ("taken", "count", "chunk", "groups", "blocks", "rows", "offsets", "constants", "x", "tokens", "out")
+# A weight comes from memory and goes to memory, and a processor left alone looks ahead too late: asking for what comes
+# next, this many bytes on, took a third off the time of weights that no cache held.
+_READ_AHEAD, _WRITE_AHEAD = 2048, 1024
 _SUMS = 4  # partial sums, so that an addition need not wait for the one before
 
 _engines: list[binding.ExecutionEngine] = []  # which own the code
@@ -50,6 +53,7 @@ def dequantizer(format_name: str, *, offsets: bool, bfloat16: bool) -> int:
         def write_block(group: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
             here = v.add(v.mul(row, task["groups"]), group)
             target = v.at(task.address("out"), v.mul(here, ir.Constant(I64, unpacker.elements * size)))
+            v.prefetch(target, unpacker.elements * size, ahead=_WRITE_AHEAD, write=True)
             for part, finished in enumerate(unpacker.unpack(v, block_at(group), finish)):
                 v.write(finished, target, part * LANES * size)
             return []
@@ -106,6 +110,7 @@ def _compiled(
         def block_at(group: ir.Value) -> Block:
             number = v.add(source, group)
             at = v.at(task.address("blocks"), v.mul(number, ir.Constant(I64, UNPACKERS[format_name].nbytes)))
+            v.prefetch(at, UNPACKERS[format_name].nbytes, ahead=_READ_AHEAD, write=False)
             offset = None
             if offsets:
                 place = v.mul(v.add(v.mul(row, task["groups"]), group), ir.Constant(I64, 2))

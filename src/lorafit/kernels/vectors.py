@@ -29,6 +29,7 @@ _BYTE_LOOKUP = {
     "arm64": "llvm.aarch64.neon.tbl1.v16i8",
 }
 _WIDE_LOOKUP = {16: "llvm.x86.avx512.permvar.hi.256", 32: "llvm.x86.avx512.permvar.si.512"}
+_CACHE_LINE = 64
 _NAN = 0x7FC0  # in bfloat16
 
 # Weight of a table's entry or of a block, made into what is stored: float32 as it is, or the bits of bfloat16.
@@ -89,6 +90,14 @@ class VectorBuilder(ir.IRBuilder):
     def write(self, value: ir.Value, pointer: ir.Value, offset: int = 0) -> None:
         """Store a number or vector at an address."""
         self.store(value, self.at(pointer, offset), align=1)
+
+    def prefetch(self, pointer: ir.Value, nbytes: int, *, ahead: int, write: bool) -> None:
+        """Ask for the memory some bytes on, which need not exist, before it is needed."""
+        kind = ir.FunctionType(ir.VoidType(), [POINTER, I32, I32, I32])
+        for offset in range(ahead, ahead + nbytes, _CACHE_LINE):
+            into_first_cache, of_data = 3, 1
+            hints = [ir.Constant(I32, hint) for hint in (int(write), into_first_cache, of_data)]
+            self.call(self._declared("llvm.prefetch.p0", kind), [self.at(pointer, offset), *hints])
 
     def half(self, pointer: ir.Value, offset: int = 0) -> ir.Value:
         """A half-precision number, as float32."""
@@ -170,8 +179,10 @@ class VectorBuilder(ir.IRBuilder):
 
     def _permuted(self, instruction: str, table: ir.Value, codes: ir.Value) -> ir.Value:
         kind = ir.FunctionType(table.type, [table.type, codes.type])
-        declared = self.module.globals.get(instruction) or ir.Function(self.module, kind, instruction)
-        return self.call(declared, [table, codes])
+        return self.call(self._declared(instruction, kind), [table, codes])
+
+    def _declared(self, name: str, kind: ir.FunctionType) -> ir.Function:
+        return self.module.globals.get(name) or ir.Function(self.module, kind, name)
 
     def _woven(self, low: ir.Value, high: ir.Value) -> ir.Value:
         """Lower and upper halves of 16 integers -> the integers."""
