@@ -13,7 +13,7 @@ from lorafit.formats import dequantize
 from lorafit.models import keymap
 from lorafit.models.configuration import config_fields, metadata_of
 from tests.models.test_families import VARIANTS
-from tests.oracles.family_gguf import KINDS, random_model, write_family
+from tests.oracles.family_gguf import KINDS, checkpoint_arrays, random_model, write_family
 
 # What lorafit writes without need, or what stands in a file without effect: a number that is the default anyway.
 _AT_WILL = {
@@ -70,8 +70,8 @@ def test_names_and_orders_of_all_tensors(tmp_path: Path, family: str) -> None:
     file = GGUFFile.open(write_family(tmp_path / "model.gguf", family, model))
     table = keymap.family_of_model(model.config.model_type, "here")
     written = {}
-    for hf_name, parameter in model.named_parameters():
-        name, values = keymap.to_file(hf_name, parameter.detach(), table, model.config)
+    for hf_name, array in checkpoint_arrays(model):
+        name, values = keymap.to_file(hf_name, torch.from_numpy(array), table, model.config)
         assert keymap.hf_name(name, table) == hf_name
         written[name] = values
     assert written.keys() == file.tensors.keys()

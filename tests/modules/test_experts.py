@@ -15,6 +15,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from lorafit.config import LoRA
 from lorafit.modules import DenseExperts, Experts, LoRAExperts, PackedExperts, PackedWeight, adapters_disabled
+from lorafit.modules.experts import Routing
 
 EXPERTS, HIDDEN, INNER, TOKENS, CHOSEN = 6, 96, 64, 23, 3
 UNUSED = 4  # an expert that no token goes to
@@ -104,6 +105,35 @@ def test_no_token_at_all() -> None:
     ours, _ = both()
     x = torch.empty(0, HIDDEN)
     assert ours(x, torch.empty(0, CHOSEN, dtype=torch.int64), torch.empty(0, CHOSEN)).shape == (0, HIDDEN)
+
+
+def test_groups_of_few_sizes_change_nothing() -> None:
+    ours, _ = both()
+    adapters = with_adapters(ours)
+    inputs, grad = routed(400), torch.randn(400, HIDDEN, dtype=torch.float64)
+    results = []
+    for few_sizes in (False, True):
+        routing = Routing.of(inputs[1], EXPERTS, few_sizes=few_sizes)
+        sizes = [group.stop - group.start for _, group in routing.groups]
+        assert len(sizes) == EXPERTS - 1
+        assert all(size % 16 == 0 for size in sizes) == few_sizes
+        assert sum(sizes) <= 400 * CHOSEN * (9 / 8 if few_sizes else 1)
+        gate, up = ours.gate_up_proj(inputs[0], routing).chunk(2, dim=-1)
+        y = ours.down_proj(gate.sigmoid() * up * routing.weights(inputs[2])[:, None], routing)
+        trained = [p for adapter in adapters for p in adapter.adapter_parameters().values()]
+        results.append((y, *torch.autograd.grad(y, (inputs[0], inputs[2], *trained), grad)))
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-11)
+
+
+def test_groups_come_in_eight_sizes_between_powers_of_two() -> None:
+    sizes = set()
+    for count in range(1, 4097):
+        routing = Routing.of(torch.zeros(count, 1, dtype=torch.int64), 2, few_sizes=True)
+        ((_, group),) = routing.groups
+        assert count <= group.stop <= max(16 * -(-count // 16), count * 9 / 8)
+        sizes.add(group.stop)
+    assert len(sizes) == 8 + 5 * 8  # multiples of 16 up to 128, then 8 in each of 5 octaves
 
 
 def test_an_expert_without_a_token_is_not_touched() -> None:
@@ -265,7 +295,7 @@ def test_starts_as_the_base_and_can_step_aside() -> None:
     assert fresh.lora_A.dtype == fresh.lora_B.dtype == torch.float32
     # Uniform within 1/√HIDDEN: 23,040 draws reach within 0.1% of the bound and know the deviation, bound/√3, to 1%.
     bound = HIDDEN**-0.5
-    assert bound * 0.999 < float(fresh.lora_A.abs().max()) <= bound
+    assert bound * 0.999 < float(fresh.lora_A.detach().abs().max()) <= bound
     assert float(fresh.lora_A.std()) == pytest.approx(bound / math.sqrt(3), rel=0.02)
 
 

@@ -5,7 +5,7 @@ to a family's weights (rows of rotated projections that move, Gemma's norms that
 by one. So these files say what llama.cpp expects, and a mistake in lorafit's tables cannot hide in them.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -69,6 +69,12 @@ def _write_granite(writer: gguf.GGUFWriter, config: Any) -> None:
     writer.add_logit_scale(config.logits_scaling)
 
 
+def _write_qwen3moe(writer: gguf.GGUFWriter, config: Any) -> None:
+    writer.add_expert_count(config.num_experts)
+    writer.add_expert_used_count(config.num_experts_per_tok)
+    writer.add_expert_feed_forward_length(config.moe_intermediate_size)
+
+
 _GEMMA = {"head_dim": 24, "hidden_size": 64, "sliding_window": WINDOW, "tie_word_embeddings": True}
 _GRANITE = {"attention_multiplier": 0.3, "embedding_multiplier": 3.0, "residual_multiplier": 0.6, "logits_scaling": 2.0}
 
@@ -77,6 +83,15 @@ KINDS = {
     "mistral": Kind("mistral", gguf.MODEL_ARCH.LLAMA, {"sliding_window": None}, permuted=True),
     "qwen2": Kind("qwen2", gguf.MODEL_ARCH.QWEN2),
     "qwen3": Kind("qwen3", gguf.MODEL_ARCH.QWEN3, {"head_dim": 24, "tie_word_embeddings": True}),
+    "qwen3moe": Kind(
+        "qwen3_moe",
+        gguf.MODEL_ARCH.QWEN3MOE,
+        {
+            **{"head_dim": 24, "num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+            "norm_topk_prob": True,
+        },
+        write=_write_qwen3moe,
+    ),
     "gemma2": Kind(
         "gemma2",
         gguf.MODEL_ARCH.GEMMA2,
@@ -143,11 +158,11 @@ def random_model(family: str, *, seed: int = 0, **config: Any) -> PreTrainedMode
 
 
 def rounded(model: PreTrainedModel, format: str) -> PreTrainedModel:
-    """The model with every matrix as a block format represents it; rounding is along rows, wherever these lie."""
+    """The model with every matrix but routers as a block format represents it; rounding is along rows."""
     qtype = gguf.GGMLQuantizationType[format]
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 2:
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1 and not name.endswith("mlp.gate.weight"):
                 blocks = gguf.quants.quantize(parameter.numpy(), qtype)
                 parameter.copy_(torch.from_numpy(gguf.quants.dequantize(blocks, qtype)))
     return model
@@ -170,7 +185,7 @@ def write_family(
         model: What to write.
         format: Block format of the matrices, or that of each by its name; vectors are F32.
         metadata: Keys to add or to set to other values, without the architecture's prefix.
-        tensors: Tensors to add as F32.
+        tensors: Tensors to add as F32, or to replace; None leaves one out.
 
     Returns:
         ``path``.
@@ -194,8 +209,8 @@ def write_family(
     writer.add_rest()
     _add_tokenizer(writer, VOCAB)
     names = gguf.get_tensor_name_map(kind.architecture, config.num_hidden_layers)
-    for hf_name, parameter in model.named_parameters():
-        array = parameter.detach().float().numpy()
+    arrays: dict[str, np.ndarray | None] = {}
+    for hf_name, array in checkpoint_arrays(model):
         if kind.permuted and ("q_proj" in hf_name or "k_proj" in hf_name):
             moved = np.empty_like(array)
             for row in range(len(array)):
@@ -205,15 +220,28 @@ def write_family(
             array = array + 1
         name = names.get_name(hf_name, try_suffixes=(".weight", ".bias"))
         assert name is not None, hf_name
-        chosen = "F32" if array.ndim == 1 else format if isinstance(format, str) else format(name)
-        _add(writer, name, array, chosen)
-    for name, array in (tensors or {}).items():
-        _add(writer, name, array, "F32")
+        arrays[name] = array
+    for name, given in (arrays | dict(tensors or {})).items():
+        if given is not None:
+            plain = given.ndim == 1 or "ffn_gate_inp" in name or name in (tensors or {})
+            _add(writer, name, given, "F32" if plain else format if isinstance(format, str) else format(name))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def checkpoint_arrays(model: PreTrainedModel) -> Iterator[tuple[str, np.ndarray]]:
+    """Names and values of the parameters; of experts, which transformers fuses, gate and up apart, as GGUF has them."""
+    for name, parameter in model.named_parameters():
+        array = parameter.detach().float().numpy()
+        if name.endswith("experts.gate_up_proj"):
+            gate, up = np.split(array, 2, axis=1)
+            yield name.replace("gate_up_proj", "gate_proj.weight"), gate
+            yield name.replace("gate_up_proj", "up_proj.weight"), up
+        else:
+            yield name + (".weight" if name.endswith("experts.down_proj") else ""), array
 
 
 def _add(writer: gguf.GGUFWriter, name: str, array: np.ndarray, format: str) -> None:

@@ -14,29 +14,30 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from lorafit.adapters.names import places, read_targets, target_fields
 from lorafit.config import AdapterConfig, LoRA, QALoRA, QLoRA, Quantize
 from lorafit.containers.atomic import replacing, write_text
 from lorafit.errors import AdapterError, ConfigError, MissingFileError
 from lorafit.modules import AdapterModule, Coverage, QALoRALinear, adapter_modules, attach
-from lorafit.modules.packed import is_linear
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 OFFSETS_FILE = "qalora_offsets.safetensors"
 
 _PREFIX = "base_model.model."
+_PARTS: tuple[Literal["A"], Literal["B"]] = ("A", "B")
 
 # Fields of PEFT's configuration that are read, or that say nothing about what a trained adapter computes.
 _HARMLESS = frozenset((
-    "r", "lora_alpha", "use_rslora", "lora_dropout", "target_modules", "base_model_name_or_path", "revision",
-    "task_type", "inference_mode", "auto_mapping", "peft_version", "megatron_core", "qalora_group_size",
+    "r", "lora_alpha", "use_rslora", "lora_dropout", "target_modules", "target_parameters", "base_model_name_or_path",
+    "revision", "task_type", "inference_mode", "auto_mapping", "peft_version", "megatron_core", "qalora_group_size",
     "loftq_config", "eva_config", "corda_config", "lora_ga_config",
 ))  # fmt: skip
 
@@ -77,10 +78,10 @@ def save_adapter(model: nn.Module, directory: str | Path, record: AdapterRecord)
     directory.mkdir(parents=True, exist_ok=True)
     modules = adapter_modules(model)
     weights: dict[str, Tensor] = {}
-    for name, module in modules.items():
-        a, b = module.lora_factors()
-        weights[f"{_PREFIX}{name}.lora_A.weight"] = a.contiguous().cpu()
-        weights[f"{_PREFIX}{name}.lora_B.weight"] = b.contiguous().cpu()
+    for name, place in places(modules).items():
+        a, b = modules[name].lora_factors()
+        weights[f"{_PREFIX}{place}.lora_A.weight"] = a.contiguous().cpu()
+        weights[f"{_PREFIX}{place}.lora_B.weight"] = b.contiguous().cpu()
     note = {
         "method": record.config.method,
         "config": asdict(record.config),
@@ -145,12 +146,13 @@ def load_adapter(
     weights = read_tensors(directory / WEIGHTS_FILE)
     coverage = attach(model, record.config)
     modules = adapter_modules(model)
-    expected = {f"{_PREFIX}{name}.lora_{part}.weight" for name in modules for part in "AB"}
+    keys = {name: f"{_PREFIX}{place}.lora_%s.weight" for name, place in places(modules).items()}
+    expected = {key % part for key in keys.values() for part in _PARTS}
     problems = [f"{key} is missing" for key in sorted(expected - weights.keys())]
     problems += [f"{key} is unexpected" for key in sorted(weights.keys() - expected)]
     for name, module in modules.items():
-        for part in "AB":
-            key = f"{_PREFIX}{name}.lora_{part}.weight"
+        for part in _PARTS:
+            key = keys[name] % part
             if key in weights:
                 problem = _set_factor(module, part, weights[key])
                 problems += [f"{key} {problem}"] if problem else []
@@ -202,20 +204,17 @@ def _in_order(serialized: bytes) -> bytes:
     return len(text).to_bytes(8, "little") + text + serialized[start:]
 
 
-def _set_factor(module: AdapterModule, part: str, value: Tensor) -> str | None:
+def _set_factor(module: AdapterModule, part: Literal["A", "B"], value: Tensor) -> str | None:
     """Copy a saved factor into a module; returns what is wrong with it, if anything."""
-    parameter = module.adapter_parameters()[f"qalora_{part}" if isinstance(module, QALoRALinear) else f"lora_{part}"]
-    group = module.group if isinstance(module, QALoRALinear) and part == "A" else 1
-    expected = [parameter.shape[0], parameter.shape[1] * group]
+    expected = list(module.lora_factors()[_PARTS.index(part)].shape)
     if list(value.shape) != expected:
         return f"has the shape {list(value.shape)}, not {expected}"
     if not bool(torch.isfinite(value).all()):
         return "holds numbers that are not finite"
-    columns = value[:, ::group]
-    if not torch.equal(columns.repeat_interleave(group, dim=1), value):
-        return "is not constant within blocks, as QA-LoRA needs"
-    with torch.no_grad():
-        parameter.copy_(columns)
+    try:
+        module.set_lora_factor(part, value)
+    except AdapterError as error:
+        return str(error)
     return None
 
 
@@ -244,13 +243,12 @@ def _scaling_fields(config: AdapterConfig) -> dict[str, Any]:
 
 def _foreign_config(fields: Mapping[str, Any]) -> LoRA:
     """What an adapter that lorafit did not write was trained with."""
-    targets = fields.get("target_modules") or ()
     return LoRA(
         rank=fields["r"],
         alpha=fields["lora_alpha"],
         scaling="rslora" if fields.get("use_rslora") else "standard",
         dropout=fields.get("lora_dropout") or 0.0,
-        targets=targets if isinstance(targets, str) else ",".join(targets),
+        targets=read_targets(fields),
     )
 
 
@@ -261,20 +259,12 @@ def _peft_config(model: nn.Module, record: AdapterRecord) -> dict[str, Any]:
         "base_model_name_or_path": record.base,
         **_scaling_fields(record.config),
         "lora_dropout": record.config.dropout if isinstance(record.config, LoRA) else 0.0,
-        "target_modules": _target_modules(model),
+        **target_fields(model),
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
         "init_lora_weights": True,
     }
-
-
-def _target_modules(model: nn.Module) -> list[str]:
-    """Short names where they say exactly what was wrapped, full names otherwise."""
-    wrapped = set(adapter_modules(model))
-    short = {name.rsplit(".", 1)[-1] for name in wrapped}
-    ambiguous = any(is_linear(module) and name.rsplit(".", 1)[-1] in short for name, module in model.named_modules())
-    return sorted(wrapped) if ambiguous else sorted(short)
 
 
 def _read_config(path: Path) -> dict[str, Any]:

@@ -91,6 +91,11 @@ def read_fields(path: Path) -> dict[str, Any]:
     for name, why in _UNSUPPORTED.items():
         if fields.get(name) and not (name == "quantization_config" and _is_bitsandbytes(fields[name])):
             raise ModelError(f"{config_file} sets {name}: {why}")
+    if fields.get("mlp_only_layers") or fields.get("decoder_sparse_step", 1) != 1:
+        raise ModelError(
+            f"{config_file} has layers without experts among those with them (mlp_only_layers, decoder_sparse_step): "
+            "neither llama.cpp nor PEFT knows such models, so lorafit does not train them"
+        )
     if not list(path.glob("*.safetensors")):
         raise ModelError(f"{path} holds no .safetensors file; lorafit does not load pickled weights")
     return fields

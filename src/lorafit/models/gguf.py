@@ -18,7 +18,8 @@ from lorafit.models.configuration import config_fields
 from lorafit.models.families import Family
 from lorafit.models.longrope import settle_rotary
 from lorafit.models.problems import raise_problems
-from lorafit.modules import PackedEmbedding, PackedLinear, PackedWeight
+from lorafit.modules import Experts, PackedEmbedding, PackedExperts, PackedLinear, PackedWeight
+from lorafit.modules.experts import is_fused
 
 
 def model_from_gguf(file: GGUFFile, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype) -> PreTrainedModel:
@@ -63,8 +64,9 @@ def model_from_gguf(file: GGUFFile, tokenizer: PreTrainedTokenizerBase, dtype: t
     _check_tensors(file, family, model)
     # Matrices first: a bias is put on the packed layer that its matrix brings.
     for info in sorted(file.tensors.values(), key=lambda info: len(info.shape), reverse=True):
-        if info.name not in factors:
+        if info.name not in factors and len(info.shape) < 3:
             _place(model, family, info, _blocks(file, info), dtype)
+    _place_experts(model, family, file)
     if config.tie_word_embeddings:
         model.lm_head = PackedLinear(model.model.embed_tokens.packed)
     settle_rotary(model, where)
@@ -125,8 +127,6 @@ def _place(model: PreTrainedModel, family: Family, info: TensorInfo, blocks: Ten
     assert name is not None, "checked by _check_tensors"
     rows = keymap.row_order(info.name, family, model.config)
     owner_name, kind = name.rsplit(".", 1)
-    if len(info.shape) == 3:
-        raise ModelError(f"{info.name}: experts are not supported yet")
     owner = model.get_submodule(owner_name)
     if kind == "weight" and isinstance(owner, nn.Linear):
         model.set_submodule(owner_name, PackedLinear(PackedWeight(blocks, info.format, rows=rows, name=info.name)))
@@ -138,3 +138,15 @@ def _place(model: PreTrainedModel, family: Family, info: TensorInfo, blocks: Ten
         values = dequantize(blocks, info.format, info.shape) - keymap.norm_shift(info.name, family)
         values = values if rows is None else values[rows]
         setattr(owner, kind, nn.Parameter(values.to(dtype), requires_grad=False))
+
+
+def _place_experts(model: PreTrainedModel, family: Family, file: GGUFFile) -> None:
+    """Put packed experts where transformers' fused ones stand; the file keeps their three matrices apart."""
+    for name, fused in [item for item in model.named_modules() if is_fused(item[1])]:
+        parts = []
+        for role in ("gate_proj", "up_proj", "down_proj"):
+            info = file.tensors[keymap.gguf_name(f"{name}.{role}.weight", family) or ""]
+            parts.append(PackedWeight(_blocks(file, info), info.format, name=info.name))
+        gate_up = PackedExperts(parts[:2], fused.num_experts, sums=False)
+        down = PackedExperts(parts[2:], fused.num_experts, sums=True)
+        model.set_submodule(name, Experts(gate_up, down, fused.act_fn))

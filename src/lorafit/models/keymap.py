@@ -93,6 +93,12 @@ def norm_shift(gguf_name: str, family: Family) -> float:
 def to_file(hf_name: str, values: Tensor, family: Family, config: Any) -> tuple[str, Tensor]:
     """A parameter of transformers as a GGUF file has it: its name there, and its values in the file's order.
 
+    Args:
+        hf_name: Its name; of fused experts, the three matrices apart, as ``mlp.experts.gate_proj.weight`` and so on.
+        values: Its values.
+        family: The family.
+        config: The model's configuration.
+
     Raises:
         ModelError: The family has no such tensor.
     """

@@ -1,7 +1,8 @@
 """What stands where a linear layer or an embedding stood."""
 
 from lorafit.modules.adapter import AdapterModule, adapter_modules, adapters_disabled
-from lorafit.modules.attach import Coverage, Promotion, attach
+from lorafit.modules.attach import attach
+from lorafit.modules.coverage import Coverage, Promotion
 from lorafit.modules.experts import DenseExperts, Experts, PackedExperts
 from lorafit.modules.lora import LoRALinear
 from lorafit.modules.lora_experts import LoRAExperts

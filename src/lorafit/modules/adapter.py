@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Literal
 
 from torch import Tensor, nn
 
@@ -33,6 +34,14 @@ class AdapterModule(nn.Module, ABC):
     @abstractmethod
     def lora_factors(self) -> tuple[Tensor, Tensor]:
         """The update as plain LoRA: A [rank, in_dim] and B [out_dim, rank], float32, before scaling."""
+
+    @abstractmethod
+    def set_lora_factor(self, part: Literal["A", "B"], value: Tensor) -> None:
+        """Set a parameter from a factor in the shape that ``lora_factors`` gives it.
+
+        Raises:
+            AdapterError: The parameters cannot express it.
+        """
 
     @abstractmethod
     def delta_weight(self) -> Tensor:

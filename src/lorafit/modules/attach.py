@@ -1,10 +1,9 @@
-"""Putting adapters onto a model, and saying what was and was not covered."""
+"""Putting adapters onto a model, and finding out what they cover and what not."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping, Set
 
 from torch import nn
 
@@ -12,92 +11,21 @@ from lorafit.config import AdapterConfig, LoRA, QALoRA, QLoRA
 from lorafit.errors import AdapterError, ConfigError
 from lorafit.formats import EXACTLY_PROMOTED, block_format
 from lorafit.modules.adapter import AdapterModule, adapter_modules
+from lorafit.modules.coverage import Coverage, Promotion
+from lorafit.modules.experts import Experts, ExpertStack, is_fused, unfused
 from lorafit.modules.lora import LoRALinear
+from lorafit.modules.lora_experts import LoRAExperts
 from lorafit.modules.packed import PackedEmbedding, PackedLinear, PackedWeight, is_embedding, is_linear
 from lorafit.modules.qalora import QALoRALinear, has_offsets
 
-
-@dataclass(frozen=True)
-class Promotion:
-    """A tensor that is trained in another format than it has in the file.
-
-    Attributes:
-        source: Its format in the file.
-        target: The format with block offsets that it is trained in.
-        exact: Whether its weights stay the same to the last bit.
-        source_bytes: Its bytes in the file.
-        target_bytes: Its bytes while it is trained, in memory, and in the merged file.
-    """
-
-    source: str
-    target: str
-    exact: bool
-    source_bytes: int
-    target_bytes: int
-
-    def __str__(self) -> str:
-        return f"promoted from {self.source} to {self.target}, {'exact' if self.exact else 'rounded'}"
-
-
-@dataclass(frozen=True)
-class Coverage:
-    """Which layers an adapter covers.
-
-    Attributes:
-        method: ``lora``, ``qlora`` or ``qalora``.
-        wrapped: Full name -> number of trained parameters.
-        frozen: Full name of a linear layer or embedding that is left as it is -> why.
-        formats: Full name -> block format or dtype of the frozen weight, for all of them.
-        total_parameters: Parameters of the base, packed ones counted as weights.
-        beside: Full name of a layer that has plain LoRA although the method is ``qalora`` -> why.
-        promoted: Full name of a layer whose blocks were given offsets -> how, and what it costs.
-    """
-
-    method: str
-    wrapped: dict[str, int]
-    frozen: dict[str, str]
-    formats: dict[str, str]
-    total_parameters: int
-    beside: dict[str, str] = field(default_factory=dict)
-    promoted: dict[str, Promotion] = field(default_factory=dict)
-
-    @property
-    def trainable_parameters(self) -> int:
-        """Number of trained parameters."""
-        return sum(self.wrapped.values())
-
-    @property
-    def promotion_bytes(self) -> int:
-        """By how much promotion makes the merged file larger than the base."""
-        return sum(promotion.target_bytes - promotion.source_bytes for promotion in self.promoted.values())
-
-    @property
-    def promoted_memory_bytes(self) -> int:
-        """Bytes of promoted blocks, which are held in memory while the tensors in the file are not read."""
-        return sum(promotion.target_bytes for promotion in self.promoted.values())
-
-    def fate(self, name: str) -> str:
-        """What became of a layer, in a few words."""
-        if name in self.frozen:
-            return f"frozen: {self.frozen[name]}"
-        if name in self.beside:
-            return f"trained by plain LoRA: {self.beside[name]}"
-        return f"trained, {self.promoted[name]}" if name in self.promoted else "trained"
-
-    def as_dict(self) -> dict[str, object]:
-        """For ``summary.json``."""
-        promoted = {name: asdict(promotion) for name, promotion in self.promoted.items()}
-        return {
-            "wrapped": self.wrapped,
-            "promoted": promoted,
-            "beside": self.beside,
-            "frozen": self.frozen,
-            "formats": self.formats,
-        }
+_QALORA_NEEDS = (
+    "QA-LoRA trains the offsets of packed blocks, which Q4_1 and Q5_1 have and Q4_0, Q5_0, Q4_K and Q5_K can be given; "
+    "use --method lora here"
+)
 
 
 def attach(model: nn.Module, config: AdapterConfig) -> Coverage:
-    """Freeze a model and put adapters where linear layers stood, in place.
+    """Freeze a model and put adapters where linear layers and experts stood, in place.
 
     Args:
         model: Any model; its linear layers may be packed.
@@ -113,17 +41,20 @@ def attach(model: nn.Module, config: AdapterConfig) -> Coverage:
     if adapter_modules(model):
         raise AdapterError("the model has adapters already; load the base again to attach others")
     head = _output_head(model)
-    layers = {name: layer for name, layer in model.named_modules() if name and is_linear(layer)}
+    stand_ins = {name: unfused(module) for name, module in model.named_modules() if name and is_fused(module)}
+    layers = dict(_layers(model, stand_ins))
     chosen = _choose(layers, config.targets, head)
     embeddings = {name: layer for name, layer in model.named_modules() if is_embedding(layer)}
     left = "output head (all-linear leaves it out)" if config.targets == "all-linear" else "not among the targets"
     frozen = {name: left for name in layers if name not in chosen}
     frozen |= dict.fromkeys(embeddings, "embedding (not a linear layer)")
+    others = _others(model, layers.keys() | embeddings.keys() | stand_ins.keys())
+    frozen |= {name: _why_other(model, name) for name in others}
     unsuited = {name: reason for name in chosen if (reason := _why_unsuited(layers[name], config))}
     if len(unsuited) == len(chosen):
         raise AdapterError(
-            f"no target layer can take {config.method} ({unsuited[chosen[0]]}): QA-LoRA trains the offsets of packed "
-            "blocks, which Q4_1 and Q5_1 have and Q4_0, Q5_0, Q4_K and Q5_K can be given; use --method lora here"
+            f"no target layer can take {config.method} ({unsuited[chosen[0]]}): "
+            + (_QALORA_NEEDS if isinstance(config, QALoRA) else "leave out --dropout")
         )
     if isinstance(config, QLoRA) and not any(_is_quantized(layers[name]) for name in chosen):
         raise AdapterError(
@@ -132,17 +63,20 @@ def attach(model: nn.Module, config: AdapterConfig) -> Coverage:
         )
     beside: dict[str, str] = {}
     if isinstance(config, QALoRA) and config.frozen_tensors == "lora":
-        if not unsuited:
+        beside = {name: reason for name, reason in unsuited.items() if is_linear(layers[name])}
+        unsuited = {name: reason for name, reason in unsuited.items() if name not in beside}
+        if not beside:
             raise ConfigError(
                 "--frozen-tensors lora has no effect: every target has block offsets or is given them; leave it out"
             )
-        beside, unsuited = unsuited, beside
     frozen |= unsuited
     total = count_parameters(model)
-    formats = {name: _format_of(layer) for name, layer in (embeddings | layers).items()}
+    formats = {name: _format_of(layer) for name, layer in (embeddings | others | layers).items()}
     # All adapters before the first is placed: one that cannot be made leaves the model as it was.
     adapters = {name: _wrap(layers[name], config, name in beside) for name in chosen if name not in unsuited}
     model.requires_grad_(False)
+    for name, experts in stand_ins.items():
+        model.set_submodule(name, experts)
     wrapped, promoted = {}, {}
     for name, adapter in adapters.items():
         wrapped[name] = sum(parameter.numel() for parameter in adapter.adapter_parameters().values())
@@ -155,10 +89,7 @@ def attach(model: nn.Module, config: AdapterConfig) -> Coverage:
 def count_parameters(model: nn.Module) -> int:
     """Weights of a model, each tensor once, packed ones counted as the weights that they hold."""
     seen: dict[int, int] = {id(parameter): parameter.numel() for parameter in model.parameters()}
-    for module in model.modules():
-        packed = getattr(module, "packed", None)
-        if packed is not None:
-            seen[id(packed)] = packed.shape[0] * packed.shape[1]
+    seen |= {id(packed): packed.shape[0] * packed.shape[1] for packed in _packed_weights(model)}
     return sum(seen.values())
 
 
@@ -168,7 +99,35 @@ def _wrap(layer: nn.Module, config: AdapterConfig, beside: bool) -> AdapterModul
             return LoRALinear(layer, LoRA(rank=config.rank, alpha=config.alpha))
         assert isinstance(layer, PackedLinear), "checked by _why_unsuited"
         return QALoRALinear(layer, config)
-    return LoRALinear(layer, config)
+    return LoRAExperts(layer, config) if isinstance(layer, ExpertStack) else LoRALinear(layer, config)
+
+
+def _packed_weights(module: nn.Module) -> Iterator[PackedWeight]:
+    return (part for part in module.modules() if isinstance(part, PackedWeight))
+
+
+def _layers(model: nn.Module, stand_ins: Mapping[str, Experts]) -> Iterator[tuple[str, nn.Module]]:
+    """Linear layers and stacks of experts by full name, those of stand-ins as if they were in place."""
+    for name, layer in model.named_modules():
+        if name in stand_ins:
+            stacks = {role: part for role, part in stand_ins[name].named_children() if isinstance(part, ExpertStack)}
+            yield from ((f"{name}.{role}", stack) for role, stack in stacks.items())
+        elif name and (is_linear(layer) or isinstance(layer, ExpertStack)):
+            yield name, layer
+
+
+def _others(model: nn.Module, known: Set[str]) -> dict[str, nn.Module]:
+    """What else has matrices of its own, so that no weight is left frozen in silence."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if name and name not in known and any(weight.dim() > 1 for weight in module.parameters(recurse=False))
+    }
+
+
+def _why_other(model: nn.Module, name: str) -> str:
+    beside_experts = hasattr(model.get_submodule(name.rpartition(".")[0]), "experts")
+    return "router (not a linear layer)" if beside_experts else "not a linear layer"
 
 
 def _promotion(source: PackedWeight, target: PackedWeight) -> Promotion:
@@ -202,6 +161,10 @@ def _choose(layers: Mapping[str, nn.Module], targets: str, head: nn.Module | Non
 
 
 def _why_unsuited(layer: nn.Module, config: AdapterConfig) -> str | None:
+    if isinstance(layer, ExpertStack):
+        if isinstance(config, QALoRA):
+            return "experts (QA-LoRA trains linear layers)"
+        return "experts (dropout, which PEFT's adapters of experts lack)" if config.dropout else None
     if not isinstance(config, QALoRA):
         return None
     if not isinstance(layer, PackedLinear):
@@ -212,11 +175,12 @@ def _why_unsuited(layer: nn.Module, config: AdapterConfig) -> str | None:
 
 
 def _is_quantized(layer: nn.Module) -> bool:
-    return isinstance(layer, PackedLinear) and block_format(layer.packed.format_name).elements > 1
+    return any(block_format(packed.format_name).elements > 1 for packed in _packed_weights(layer))
 
 
 def _format_of(layer: nn.Module) -> str:
     if isinstance(layer, PackedLinear | PackedEmbedding):
         return layer.packed.format_name
-    assert isinstance(layer, nn.Linear | nn.Embedding)
-    return str(layer.weight.dtype).removeprefix("torch.")
+    if isinstance(layer, ExpertStack):
+        return layer.format_name
+    return str(next(layer.parameters(recurse=False)).dtype).removeprefix("torch.")

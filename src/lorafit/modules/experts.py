@@ -21,6 +21,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -33,32 +34,49 @@ from lorafit.modules.packed import FUSED_TOKENS, PackedWeight, scratch
 
 @dataclass(frozen=True)
 class Routing:
-    """Which tokens go to which experts.
+    """Which tokens go to which experts: slots for pairs, those of an expert one after another.
 
     Attributes:
+        tokens: int64 [slots]; the token in each slot. A slot without a pair has any token, and is given no weight.
+        groups: The experts that have tokens, each with the range of its slots.
         order: int64 [pairs]; the pairs sorted by expert, as numbers token·k + place among the token's experts.
-        tokens: int64 [pairs]; the token of each, in this order.
-        groups: The experts that have tokens, each with the range of its pairs.
+        places: int64 [pairs]; the slot of each.
         token_count: Number of tokens.
     """
 
-    order: Tensor
     tokens: Tensor
     groups: tuple[tuple[int, slice], ...]
+    order: Tensor
+    places: Tensor
     token_count: int
 
     @classmethod
-    def of(cls, top_k_index: Tensor, experts: int) -> Routing:
-        """From the experts of each token, int64 [tokens, k]."""
-        chosen = top_k_index.reshape(-1)
+    def of(cls, top_k_index: Tensor, experts: int, *, few_sizes: bool = False) -> Routing:
+        """From the experts of each token, int64 [tokens, k].
+
+        Args:
+            top_k_index: The experts of each token, int64 [tokens, k].
+            experts: Number of experts.
+            few_sizes: Give experts a little more slots than pairs, so that groups come in a few sizes only.
+        """
+        count, chosen = top_k_index.shape[1], top_k_index.reshape(-1)
         order = chosen.argsort(stable=True)
-        groups, start = [], 0
-        for expert, count in enumerate(chosen.bincount(minlength=experts).tolist()):
-            if count:
-                groups.append((expert, slice(start, start + count)))
-            start += count
-        assert not groups or groups[-1][0] < experts, "the router knows its experts"
-        return cls(order, order // top_k_index.shape[1], tuple(groups), len(top_k_index))
+        pairs = chosen.bincount(minlength=experts)
+        assert len(pairs) == experts, "the router knows its experts"
+        sizes = [_rounded_up(size) if few_sizes else size for size in pairs.tolist()]
+        ends = list(accumulate(sizes))
+        groups = tuple(
+            (e, slice(end - size, end)) for e, (size, end) in enumerate(zip(sizes, ends, strict=True)) if size
+        )
+        gaps = torch.tensor(sizes, device=pairs.device) - pairs
+        places = torch.arange(len(order), device=order.device) + (gaps.cumsum(0) - gaps).repeat_interleave(pairs)
+        tokens = order.new_zeros(sum(sizes)).index_copy_(0, places, order // count)
+        return cls(tokens, groups, order, places, len(top_k_index))
+
+    def weights(self, top_k_weights: Tensor) -> Tensor:
+        """The router's weight [slots] of what is in each slot, from [tokens, k]."""
+        weights = top_k_weights.new_zeros(len(self.tokens))
+        return weights.index_copy(0, self.places, top_k_weights.reshape(-1)[self.order])
 
     def rows(self, x: Tensor, pairs: slice, *, sums: bool) -> Tensor:
         """Rows of some pairs, of what goes into a product: it has a row for each pair if that sums, else per token."""
@@ -88,6 +106,12 @@ class Routing:
             else:
                 results[pairs] = rows
         return results.to(x.dtype)
+
+
+def _rounded_up(size: int) -> int:
+    """To a multiple of an eighth of itself and of 16: eight sizes between a power of two and the next."""
+    step = max(16, 1 << max(size.bit_length() - 4, 0))
+    return -(-size // step) * step
 
 
 class ExpertStack(nn.Module, ABC):
@@ -257,9 +281,12 @@ class Experts(nn.Module):
         Returns:
             [tokens, H].
         """
-        routing = Routing.of(top_k_index, self.experts)
+        # oneDNN, which multiplies bfloat16 on a CPU, prepares for each new shape, for longer than a product takes.
+        prepares = hidden_states.dtype == torch.bfloat16 and hidden_states.device.type == "cpu"
+        few_sizes = prepares and len(hidden_states) > FUSED_TOKENS
+        routing = Routing.of(top_k_index, self.experts, few_sizes=few_sizes)
         gate_up = self.gate_up_proj(hidden_states, routing)
-        weights = top_k_weights.reshape(-1)[routing.order, None].to(gate_up.dtype)
+        weights = routing.weights(top_k_weights)[:, None].to(gate_up.dtype)
         # What lies between two products is computed again in the backward pass: of four tensors, two are kept.
         gated = checkpoint(self._gate, gate_up, weights, use_reentrant=False, preserve_rng_state=False)
         return self.down_proj(gated, routing)
@@ -267,3 +294,21 @@ class Experts(nn.Module):
     def _gate(self, gate_up: Tensor, weights: Tensor) -> Tensor:
         gate, up = gate_up.chunk(2, dim=-1)
         return self.act_fn(gate) * up * weights
+
+
+def is_fused(module: nn.Module) -> bool:
+    """Whether this is a module of transformers that computes what ``Experts`` does.
+
+    Those that do not are experts with transposed matrices, with biases, without a gate, or with gate and up in turns.
+    """
+    weights = (getattr(module, "gate_up_proj", None), getattr(module, "down_proj", None))
+    if not all(isinstance(weight, nn.Parameter) and weight.dim() == 3 for weight in weights):
+        return False
+    marks = {"has_gate": True, "is_concatenated": True, "is_transposed": False, "has_bias": False}
+    return all(getattr(module, mark, None) is value for mark, value in marks.items())
+
+
+def unfused(module: Any) -> Experts:
+    """``Experts`` over the same parameters as a fused module of transformers."""
+    stacks = DenseExperts(module.gate_up_proj, sums=False), DenseExperts(module.down_proj, sums=True)
+    return Experts(*stacks, module.act_fn)

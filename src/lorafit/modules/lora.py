@@ -11,7 +11,7 @@ One autograd function does all of it, so that the only tensors kept for the back
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +44,10 @@ class LoRALinear(AdapterModule):
 
     def lora_factors(self) -> tuple[Tensor, Tensor]:
         return self.lora_A.detach(), self.lora_B.detach()
+
+    def set_lora_factor(self, part: Literal["A", "B"], value: Tensor) -> None:
+        with torch.no_grad():
+            (self.lora_A if part == "A" else self.lora_B).copy_(value)
 
     def delta_weight(self) -> Tensor:
         return self.scale * (self.lora_B.detach() @ self.lora_A.detach())

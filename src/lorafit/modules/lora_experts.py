@@ -11,7 +11,7 @@ would leave the form that PEFT can train, W + s·B A, so there is none.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +46,14 @@ class LoRAExperts(AdapterModule):
     def lora_factors(self) -> tuple[Tensor, Tensor]:
         """As PEFT stores them: A [E·rank, in_dim] and B [out_dim, rank·E]."""
         return self.lora_A.detach().flatten(0, 1), self.lora_B.detach().permute(1, 2, 0).flatten(1)
+
+    def set_lora_factor(self, part: Literal["A", "B"], value: Tensor) -> None:
+        experts, rank = self.lora_A.shape[:2]
+        with torch.no_grad():
+            if part == "A":
+                self.lora_A.copy_(value.view(experts, rank, -1))
+            else:
+                self.lora_B.copy_(value.view(-1, rank, experts).permute(2, 0, 1))
 
     def delta_weight(self) -> Tensor:
         """The scaled update of all experts, [E, out_dim, in_dim] float32."""

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -93,6 +93,16 @@ class QALoRALinear(AdapterModule):
 
     def lora_factors(self) -> tuple[Tensor, Tensor]:
         return self.qalora_A.detach().repeat_interleave(self.group, dim=1), self.qalora_B.detach()
+
+    def set_lora_factor(self, part: Literal["A", "B"], value: Tensor) -> None:
+        parameter = self.qalora_B
+        if part == "A":
+            parameter, columns = self.qalora_A, value[:, :: self.group]
+            if not torch.equal(columns.repeat_interleave(self.group, dim=1), value):
+                raise AdapterError("is not constant within blocks, as QA-LoRA needs")
+            value = columns
+        with torch.no_grad():
+            parameter.copy_(value)
 
     def delta_weight(self) -> Tensor:
         """What merging changes: m' - m, so the rounding to half precision is in it."""
