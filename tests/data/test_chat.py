@@ -18,6 +18,7 @@ from lorafit.data.chat import Document, encode, encode_all, encode_prompt, rende
 from lorafit.data.readers import Example, Message
 from lorafit.errors import DataError, ModelError
 from lorafit.models.tokenizer import tokenizer_from_gguf
+from tests.oracles.family_gguf import random_model, write_family
 from tests.oracles.llamacpp import LlamaCppOracle, _server, render_chat
 from tests.oracles.tiny_gguf import write_tiny_llama
 
@@ -234,6 +235,104 @@ def test_one_answer_a_row_is_the_way_round_a_template_that_forgets(tiny_path: Pa
         ("usera<|im_end|>", False),
         ("assistantb<|im_end|>", True),
     ]
+
+
+# --- the SentencePiece families, with what their tokenizers and templates do differently ------------------------------
+
+GEMMA = (
+    "{{ bos_token }}"
+    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "{% for m in messages %}{{ '<start_of_turn>' + ('model' if m['role'] == 'assistant' else m['role']) + '\n' }}"
+    "{{ m['content'] | trim + '<end_of_turn>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
+)
+GEMMA3 = (
+    "{{ bos_token }}{% set first = '' %}{% if messages[0]['role'] == 'system' %}"
+    "{% set first = messages[0]['content'] + '\n\n' %}{% set messages = messages[1:] %}{% endif %}"
+    "{% for m in messages %}{{ '<start_of_turn>' + ('model' if m['role'] == 'assistant' else m['role']) + '\n' }}"
+    "{{ (first if loop.first else '') + m['content'] | trim + '<end_of_turn>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
+)
+PHI3 = (
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + '<|end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
+TURNS = {
+    "gemma": ["<start_of_turn>", "<end_of_turn>"],
+    "phi3": ["<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"],
+}
+
+
+def sentence_piece_model(path: Path, kind: str, template: str) -> Path:
+    """A tiny model with a tokenizer of characters, bytes and some pairs, and the family's special tokens."""
+    types = gguf.TokenType
+    tokens = {"<unk>": types.UNKNOWN, "<s>": types.CONTROL, "</s>": types.CONTROL}
+    tokens |= {f"<0x{byte:02X}>": types.BYTE for byte in range(256)}
+    pairs = ["▁a", "▁th", "th", "he", "▁the", "▁H", "▁the", "in", "▁\n" if kind == "phi3" else "▁▁"]
+    characters = sorted({character for piece in pairs for character in piece} | set("abcdeHghijklmnorstuvwy.,!?"))
+    tokens |= dict.fromkeys([*pairs, *characters], types.NORMAL) | dict.fromkeys(TURNS[kind], types.CONTROL)
+    if kind == "gemma":
+        tokens |= {"\n\n": types.USER_DEFINED, "  ": types.USER_DEFINED}
+
+    def write(writer: gguf.GGUFWriter) -> None:
+        writer.add_name(f"tiny {kind}")
+        writer.add_tokenizer_model("llama")
+        writer.add_tokenizer_pre("default")
+        writer.add_token_list(list(tokens))
+        writer.add_token_scores([-float(i) for i in range(len(tokens))])
+        writer.add_token_types(list(tokens.values()))
+        writer.add_bos_token_id(1)
+        writer.add_eos_token_id(2)
+        writer.add_unk_token_id(0)
+        writer.add_add_bos_token(True)
+        writer.add_add_space_prefix(kind == "phi3")
+        writer.add_chat_template(template)
+
+    family = {"gemma": "gemma3", "phi3": "phi3"}[kind]
+    model = random_model(family, vocab_size=len(tokens), pad_token_id=None)
+    return write_family(path, family, model, tokenizer=write)
+
+
+CHATS = [
+    chat("the thing"),
+    chat("  Hello  there\n\n", "\tan answer ", "\n\nand\n", " the  end  ", "日本?"),
+    chat("one", "<|end|> in <end_of_turn>", "three", system="Be brief."),
+]
+
+
+@pytest.mark.parametrize(
+    ("kind", "template"), [("gemma", GEMMA), ("gemma", GEMMA3), ("phi3", PHI3)], ids=["gemma2", "gemma3", "phi3"]
+)
+def test_chats_of_sentence_piece_families(tmp_path: Path, kind: str, template: str) -> None:
+    path = sentence_piece_model(tmp_path / "model.gguf", kind, template)
+    tokenizer, oracle = tokenizer_from_gguf(GGUFFile.open(path)), LlamaCppOracle(path, vocab_only=True)
+    for messages in CHATS:
+        if template is GEMMA and messages[0]["role"] == "system":
+            with pytest.raises(DataError, match=r"the model's chat template refuses .*System role not supported"):
+                render_prompt(messages, tokenizer)
+            continue
+        rendered = render_chat(path, messages, add_generation_prompt=True)
+        assert render_prompt(messages, tokenizer).removeprefix("<s>") == rendered.removeprefix("<s>")
+        assert encode_prompt(messages, tokenizer) == oracle.tokenize(
+            "<s>" + rendered.removeprefix("<s>"), add_special=False, parse_special=True
+        )
+
+
+@pytest.mark.parametrize(("kind", "template"), [("gemma", GEMMA), ("phi3", PHI3)], ids=["gemma", "phi3"])
+def test_answers_have_the_tokens_of_the_whole_text(tmp_path: Path, kind: str, template: str) -> None:
+    """Phi-3's special tokens swallow the line break behind them, so an answer begins like the first word of a text."""
+    path = sentence_piece_model(tmp_path / "model.gguf", kind, template)
+    tokenizer, oracle = tokenizer_from_gguf(GGUFFile.open(path)), LlamaCppOracle(path, vocab_only=True)
+    row = example("Hello there", "the answer is in the end.", "and", "Hello!")
+    document = encode(row, tokenizer)
+    whole = render_chat(path, list(row.messages), add_generation_prompt=False).removeprefix("<s>").rstrip("\n")
+    tokens = oracle.tokenize("<s>" + whole, add_special=False, parse_special=True)
+    assert document.tokens[: len(tokens)] == tokens
+    ending = TURNS[kind][-1]
+    trained = [token for token, flag in zip(document.tokens, document.trained, strict=True) if flag]
+    assert tokenizer.decode(trained).strip().replace(f"{ending} ", ending) == (
+        f"the answer is in the end.{ending}Hello!{ending}"
+    )
 
 
 # --- tokenizers that put a space before a text ------------------------------------------------------------------------

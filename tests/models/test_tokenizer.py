@@ -91,9 +91,10 @@ class TestSmolLM2:
 # --- vocabularies made for the purpose --------------------------------------------------------------------------------
 
 
-def write_vocabulary(path: Path, vocabulary: dict[str, TokenType], **entries: Any) -> Path:
+def write_vocabulary(path: Path, vocabulary: dict[str, TokenType], name: str = "tiny", **entries: Any) -> Path:
     """A GGUF file with a tokenizer and no weights; ``entries`` are its ``tokenizer.ggml.*``, None leaves one out."""
     writer = gguf.GGUFWriter(path, "llama")
+    writer.add_name(name)
     for name, value in {
         "context_length": 64,
         "embedding_length": 32,
@@ -273,6 +274,85 @@ class TestSentencePiece:
         """llama.cpp would merge them; what lorafit cannot do alike, it does not do."""
         with pytest.raises(ModelError, match="'qq' is made of 'q', which is not in the vocabulary"):
             build(write_sentence_piece(tmp_path / "vocab.gguf", [*PIECES, "qq"]))
+
+
+# Gemma's way with white space: runs of spaces and line breaks are tokens of the user's, and no space is put in front.
+RUNS = ["  ", "   ", "    ", "\n\n", "\n\n\n", "\t\t", "<table>", "</table>", "<start_of_turn>"]
+
+
+def write_gemma(path: Path, **entries: Any) -> Path:
+    tokens = {"<pad>": TokenType.CONTROL, "<eos>": TokenType.CONTROL, "<bos>": TokenType.CONTROL}
+    tokens |= {"<unk>": TokenType.UNKNOWN, **dict.fromkeys(RUNS, TokenType.USER_DEFINED)}
+    tokens |= {"<end_of_turn>": TokenType.CONTROL, "<unused0>": TokenType.UNUSED}
+    tokens |= {f"<0x{byte:02X}>": TokenType.BYTE for byte in range(256)}
+    characters = sorted({character for piece in PIECES for character in piece} | set("xyz.,!\n\t"))
+    rank = {piece: i for i, piece in enumerate([*PIECES, *characters])}
+    tokens |= dict.fromkeys(sorted(rank), TokenType.NORMAL)
+    scores = [-float(rank.get(token, 1000)) for token in tokens]
+    ids = {"bos_token_id": 2, "eos_token_id": 1, "unknown_token_id": 3, "padding_token_id": 0}
+    more = {"add_space_prefix": False, "add_bos_token": True, "add_eos_token": False}
+    return write_vocabulary(path, tokens, **{"model": "llama", "scores": scores, **ids, **more, **entries})
+
+
+class TestGemma:
+    TEXTS = (
+        *NASTY,
+        "<start_of_turn>user\nthe thing<end_of_turn>\n<start_of_turn>model\n",
+        "<bos><start_of_turn>the\n\n\n\n\nand       then\t\t\t<table> in</table>  ",
+        "▁already ▁blocks <0x0A> <unk>日本語 <unused0>",
+    )
+
+    @pytest.mark.parametrize("prefix", [False, True])
+    def test_tokens_and_their_text(self, tmp_path: Path, prefix: bool) -> None:
+        path = write_gemma(tmp_path / "vocab.gguf", add_space_prefix=prefix)
+        tokenizer, oracle = build(path), LlamaCppOracle(path, vocab_only=True)
+        for text in self.TEXTS:
+            tokens = tokenizer(text).input_ids
+            assert tokens == oracle.tokenize(text, add_special=True, parse_special=True), ascii(text)
+            if not prefix and "▁" not in text and "<0x" not in text:
+                assert tokenizer.decode(tokens[1:]) == text == oracle.detokenize(tokens[1:]).decode()
+
+    @settings(max_examples=150, deadline=None)
+    @given(text=st.text("ab =thein\n\t<>", max_size=40))
+    def test_any_white_space(self, tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
+        path = write_gemma(tmp_path_factory.mktemp("gemma") / "vocab.gguf")
+        oracle = LlamaCppOracle(path, vocab_only=True)
+        assert build(path)(text).input_ids == oracle.tokenize(text, add_special=True, parse_special=True)
+
+    def test_ends_of_turn(self, tmp_path: Path) -> None:
+        path = write_gemma(tmp_path / "vocab.gguf")
+        assert end_of_turn_ids(build(path)) == LlamaCppOracle(path, vocab_only=True).eog_ids()
+
+
+PHI3_TOKENS = ["<|endoftext|>", "<|assistant|>", "<|end|>", "<|user|>", "<|system|>"]
+
+
+def write_phi3(path: Path, name: str = "Phi-3 Mini 4k Instruct") -> Path:
+    tokens = {"<unk>": TokenType.UNKNOWN, "<s>": TokenType.CONTROL, "</s>": TokenType.USER_DEFINED}
+    tokens |= {f"<0x{byte:02X}>": TokenType.BYTE for byte in range(256)}
+    characters = sorted({character for piece in PIECES for character in piece} | set("xyz.,!"))
+    rank = {piece: i for i, piece in enumerate([*PIECES, *characters])}
+    tokens |= dict.fromkeys(sorted(rank), TokenType.NORMAL) | dict.fromkeys(PHI3_TOKENS, TokenType.CONTROL)
+    scores = [-float(rank.get(token, 1000)) for token in tokens]
+    ids = {"bos_token_id": 1, "eos_token_id": list(tokens).index("<|endoftext|>"), "unknown_token_id": 0}
+    return write_vocabulary(path, tokens, name, model="llama", scores=scores, **ids)
+
+
+class TestPhi3:
+    TEXTS = (
+        "<|user|>\nthe thing <|end|>\n<|assistant|>\n",
+        "<|user|>\n\t  and\n<|end|>the <|endoftext|>\n<|assistant|> \n <|assistant|> in",
+        "<s> the</s> \n the<unk> in <|sys|> the <|system|>",
+    )
+
+    @pytest.mark.parametrize("name", ["Phi-3 Mini 4k Instruct", "my-PHI3-tune", "Phi 4", "tiny"])
+    def test_white_space_behind_special_tokens(self, tmp_path: Path, name: str) -> None:
+        path = write_phi3(tmp_path / "vocab.gguf", name)
+        tokenizer, oracle = build(path), LlamaCppOracle(path, vocab_only=True)
+        for text in (*self.TEXTS, *NASTY):
+            assert tokenizer(text).input_ids == oracle.tokenize(text, add_special=True, parse_special=True), ascii(text)
+        swallowed = tokenizer("<|user|>\nthe").input_ids == tokenizer("<|user|>the").input_ids
+        assert swallowed == ("phi" in name.lower() and "3" in name)
 
 
 class TestRefusals:

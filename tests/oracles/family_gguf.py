@@ -176,6 +176,7 @@ def write_family(
     format: str | Callable[[str], str] = "F32",
     metadata: Mapping[str, Any] | None = None,
     tensors: Mapping[str, np.ndarray | None] | None = None,
+    tokenizer: Callable[[gguf.GGUFWriter], None] | None = None,
 ) -> Path:
     """Write a model.
 
@@ -186,6 +187,7 @@ def write_family(
         format: Block format of the matrices, or that of each by its name; vectors are F32.
         metadata: Keys to add or to set to other values, without the architecture's prefix.
         tensors: Tensors to add as F32, or to replace; None leaves one out.
+        tokenizer: Writes another tokenizer than the usual one.
 
     Returns:
         ``path``.
@@ -207,7 +209,10 @@ def write_family(
     writer.add_rope_dimension_count(int(head_dim * rope.get("partial_rotary_factor", 1.0)))
     kind.write(writer, config)
     writer.add_rest()
-    _add_tokenizer(writer, VOCAB)
+    if tokenizer is None:
+        _add_tokenizer(writer, VOCAB)
+    else:
+        tokenizer(writer)
     names = gguf.get_tensor_name_map(kind.architecture, config.num_hidden_layers)
     arrays: dict[str, np.ndarray | None] = {}
     for hf_name, array in checkpoint_arrays(model):

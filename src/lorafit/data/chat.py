@@ -128,8 +128,9 @@ class _Encoder:
         self.tokenizer = tokenizer
         self.ending_ids = end_of_turn_ids(tokenizer)
         self.endings = tokenizer.convert_ids_to_tokens(sorted(self.ending_ids))
-        added = {token.content for token in tokenizer.added_tokens_decoder.values()}
+        added = {token.content: token for token in tokenizer.added_tokens_decoder.values()}
         self.added = tuple(sorted(added, key=len, reverse=True))
+        self.swallowing = tuple(content for content, token in added.items() if token.rstrip)
         wants_bos = tokenizer.bos_token_id is not None and tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]
         self.bos: str = tokenizer.bos_token if wants_bos else ""
         # A digit: no pre-tokeniser joins one to the character before it.
@@ -191,6 +192,8 @@ class _Encoder:
 
     def anchor(self, before: str) -> str:
         """What to tokenise a piece behind, so that it comes out as it does behind the text ``before``."""
+        if before.rstrip().endswith(self.swallowing):  # white space there counts for nothing
+            before = before.rstrip()
         if before.endswith(self.added):
             return next(token for token in self.added if before.endswith(token))
         return _ANCHOR if self.adds_space else ""

@@ -14,7 +14,9 @@ A file names its algorithm in ``tokenizer.ggml.model``:
   space is written as U+2581, one more is put before the text and behind every special token, and a character without a
   token becomes its UTF-8 bytes.
 
-Special tokens (control, unknown, user-defined, by ``tokenizer.ggml.token_type``) are found before anything else.
+Special tokens (control, unknown, user-defined, by ``tokenizer.ggml.token_type``) are found before anything else. Of a
+model that is called Phi-3, they swallow the white space behind them: the file cannot say so, and llama.cpp goes by the
+name. (It means the white space of ASCII; here, other white space directly behind a special token goes, too.)
 """
 
 from __future__ import annotations
@@ -162,6 +164,8 @@ class _Reader:
     def __init__(self, gguf: GGUFFile) -> None:
         self.path = gguf.path
         self.metadata = gguf.metadata
+        name = str(gguf.metadata.get("general.name", "")).lower()
+        self.is_phi3 = "phi-3" in name or "phi3" in name
         self.tokens: list[str] = self.needed("tokens", list)
         self.types = self.token_types()
 
@@ -281,7 +285,9 @@ class _Reader:
         return [i for i, kind in enumerate(self.types) if kind in wanted]
 
     def added(self, i: int) -> AddedToken:
-        return AddedToken(self.tokens[i], normalized=False, special=self.types[i] != _USER_DEFINED)
+        token = self.tokens[i]
+        swallows = self.is_phi3 and token not in ("<unk>", "<s>", "<|endoftext|>")
+        return AddedToken(token, normalized=False, special=self.types[i] != _USER_DEFINED, rstrip=swallows)
 
     def token(self, name: str, default: int | None) -> str | None:
         """The token that an entry such as ``bos_token_id`` points to."""
