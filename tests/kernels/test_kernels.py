@@ -233,6 +233,20 @@ def test_the_number_of_threads_changes_no_bit() -> None:
     assert torch.equal(results[0][1], results[1][1])
 
 
+def test_what_torch_makes_by_default_does_not_matter() -> None:
+    """Compiled code writes float32 into what it was told is float32."""
+    blocks, x = random_blocks("Q4_1", 7, 2)[0], torch.randn(2, 64)
+    expected = [kernels.linear(x, blocks, "Q4_1"), reference.linear(x, blocks, "Q4_1", None, None, None)]
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            found = [kernels.linear(x, blocks, "Q4_1"), reference.linear(x, blocks, "Q4_1", None, None, None)]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
+
+
 def test_linear_takes_inputs_of_any_kind() -> None:
     blocks = random_blocks("Q4_1", 5, 2)[0]
     weight = by_reference(blocks, "Q4_1", torch.float32)

@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from lorafit.formats import FORMATS, dequantize
 from lorafit.models.load import load_base
 from lorafit.modules import PackedEmbedding, PackedLinear, PackedWeight
 from tests.oracles.adapted import q4_1
+from tests.oracles.blocks import random_blocks
 from tests.oracles.tiny_gguf import write_tiny_llama
 
 OUT, IN = 48, 96
@@ -61,6 +63,33 @@ def test_embedding_takes_rows_of_the_dequantised_matrix() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         # Dequantisation is exact in float32, and rounds once to another type.
         assert torch.equal(PackedEmbedding(linear.packed, dtype)(ids), F.embedding(ids, matrix.float()).to(dtype))
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_layers_of_every_format(name: str) -> None:
+    """The matrix is that of ``lorafit.formats``, which has oracles of its own, with its rows permuted."""
+    block = FORMATS[name]
+    blocks, constants = random_blocks(name, OUT, max(1, 64 // block.elements))
+    width = blocks.shape[1] // block.nbytes * block.elements
+    rows = torch.randperm(OUT, generator=torch.Generator().manual_seed(1))
+    matrix = dequantize(blocks, name, (OUT, width), constants).double()[rows]
+    packed = PackedWeight(blocks, name, rows=rows, constants=constants)
+    assert packed.shape == (OUT, width)
+    assert packed.nbytes == blocks.numel() + (0 if constants is None else 4 * len(constants))
+    assert not packed.state_dict()
+    linear = PackedLinear(packed)
+    for tokens in (2, 9):  # fused, and unpacked
+        x = torch.randn(tokens, width, requires_grad=True)
+        size = x.detach().double().abs() @ matrix.abs().T
+        # A float32 sum of at most 256 products has an error below 257 · 2⁻²⁴ of the sum of their sizes.
+        assert ((linear(x).double() - x.double() @ matrix.T).abs() <= size * 2e-5).all()
+        with torch.no_grad():
+            assert ((linear(x).double() - x.double() @ matrix.T).abs() <= size * 2e-5).all()
+    grad = torch.randn(9, OUT)
+    linear(x).backward(grad)
+    assert ((x.grad.double() - grad.double() @ matrix).abs() <= grad.double().abs() @ matrix.abs() * 2e-5).all()
+    ids = torch.tensor([[3, 47, 0], [3, 3, 9]])
+    assert torch.equal(PackedEmbedding(packed, torch.float32)(ids), matrix.float()[ids])
 
 
 def test_the_buffer_may_be_born_in_inference_mode() -> None:

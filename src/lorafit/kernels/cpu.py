@@ -55,7 +55,8 @@ def linear(
 ) -> Tensor:
     """x·Wᵀ: [tokens, width] -> [tokens, rows] in the type of ``x``."""
     code = loops.multiplier(format_name, offsets=offsets is not None)
-    out = torch.zeros(x.shape[0], blocks.shape[0] if rows is None else len(rows))
+    count = blocks.shape[0] if rows is None else len(rows)
+    out = torch.zeros(x.shape[0], count, dtype=torch.float32, device=blocks.device)
     _run(code, blocks, format_name, rows, offsets, constants, x, out)
     return out.to(x.dtype)
 
@@ -88,4 +89,4 @@ def _run(
 
 @cache
 def _natural_order(count: int) -> Tensor:
-    return torch.arange(count)
+    return torch.arange(count, device="cpu")

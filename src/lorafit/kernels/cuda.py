@@ -24,12 +24,16 @@ from lorafit.formats.nf4 import DYNAMIC
 from lorafit.kernels.tables import table_of
 
 _TILE = 1024  # weights that a program unpacks
-_PLAIN = {"F32", "F16", "BF16"}  # torch converts those as fast as anything
+# Not those that are plain numbers, which torch converts as fast as anything.
+_FORMATS = {
+    "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K",
+    "IQ4_NL", "IQ4_XS", "MXFP4", "NF4", "FP4", "NF4_DQ", "FP4_DQ",
+}  # fmt: skip
 
 
 def supports(format_name: str, dtype: torch.dtype) -> bool:
     """Whether this backend has the format and can write the type."""
-    return format_name not in _PLAIN and dtype in (torch.bfloat16, torch.float16, torch.float32)
+    return format_name in _FORMATS and dtype in (torch.bfloat16, torch.float16, torch.float32)
 
 
 def dequantize(
@@ -48,8 +52,9 @@ def dequantize(
         return
     tile = max(1, _TILE // block.elements)
     table, dynamic = _tables(format_name, blocks.device)
+    launch = unpack_tile[(triton.cdiv(total, tile),)]
     # What is not there is not read either; something must stand for its address.
-    unpack_tile[(triton.cdiv(total, tile),)](
+    arguments = (
         blocks.contiguous(),
         blocks if rows is None else rows.contiguous(),
         blocks if offsets is None else offsets.contiguous(),
@@ -66,8 +71,9 @@ def dequantize(
         rows is not None,
         offsets is not None,
         tile,
-        enable_fp_fusion=False,
     )
+    with torch.cuda.device_of(blocks):
+        launch(*arguments, enable_fp_fusion=False)
 
 
 @cache

@@ -48,6 +48,6 @@ def linear(
     """x·Wᵀ in float32: [tokens, width] -> [tokens, rows]."""
     block = block_format(format_name)
     count, width = blocks.shape[0] if rows is None else len(rows), blocks.shape[1] // block.nbytes * block.elements
-    weight = torch.empty(count, width, device=blocks.device)
+    weight = torch.empty(count, width, dtype=torch.float32, device=blocks.device)
     dequantize(blocks, format_name, rows, offsets, constants, weight)
     return (x.float() @ weight.T).to(x.dtype)
