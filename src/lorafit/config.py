@@ -78,8 +78,9 @@ class QALoRA:
         rank: Rank r of the update; at most the number of blocks in a row.
         alpha: Numerator of the scaling alpha/r.
         targets: As for LoRA.
-        frozen_tensors: What becomes of targets whose blocks have no offsets and cannot be promoted to a format with
-            offsets: ``frozen`` leaves them as they are, ``lora`` puts plain LoRA of the same rank beside them.
+        frozen_tensors: What becomes of targets that this cannot train, because their blocks have no offsets and cannot
+            be promoted to a format with offsets, or because they are experts: ``frozen`` leaves them as they are,
+            ``lora`` puts plain LoRA of the same rank beside them.
     """
 
     method: ClassVar[Method] = "qalora"
@@ -126,9 +127,9 @@ class TrainConfig:
         scaling: ``standard`` is alpha/rank, ``rslora`` alpha/sqrt(rank), ``plain`` alpha. Not with --method qalora.
         dropout: Dropout on the adapter's input. Not with --method qalora.
         targets: Layers to adapt: ``all-linear``, or comma-separated names (q_proj,v_proj), or a regular expression.
-        frozen_tensors: What becomes of targets in formats without block offsets, such as Q6_K: ``frozen`` leaves them
-            as they are, ``lora`` trains plain LoRA beside them, which merge can only add by rounding those tensors anew
-            (its option --requantize). Only with --method qalora.
+        frozen_tensors: What becomes of targets that qalora cannot train, such as those in Q6_K, whose blocks have no
+            offsets: ``frozen`` leaves them as they are, ``lora`` trains plain LoRA beside them, which merge can only
+            add by rounding those tensors anew (its option --requantize). Only with --method qalora.
         learning_rate: Peak learning rate. By default chosen by method and width of the model.
         steps: Optimiser steps; excludes --epochs.
         epochs: Passes over the data; excludes --steps. [default: 1]

@@ -150,7 +150,7 @@ def test_it_generates_and_merges_to_what_it_is(
     assert document["weights"]["promoted"] == {"Q4_K to Q4_1": 8, "Q5_K to Q5_1": 1, "Q5_0 to Q5_1": 1}
     grown = document["merged"]["size"] - document["base"]["size"]
     assert grown == json.loads((Path(trained) / "summary.json").read_text())["promotion"]["file_bytes"]
-    for text in ("promoted  ", "8 from Q4_K to Q4_1", f"the file is +{grown:,} bytes (+", "equal to the last bit"):
+    for text in ("promoted  ", "8 from Q4_K to Q4_1", f"the size changes by +{grown:,} (+", "equal to the last bit"):
         assert text in captured.err, text
     assert held_out_loss(load_base(output, compute="fp32").model, trained) == document["held_out"]["run_loss"]
 

@@ -20,8 +20,10 @@ import lorafit
 from lorafit.adapters import AdapterRecord, load_adapter, save_adapter
 from lorafit.config import AdapterConfig, LoRA, QALoRA, QLoRA, TrainConfig
 from lorafit.errors import AdapterError, ConfigError, ContainerError, ModelError
+from lorafit.merging import apply, certify, plan, verify
 from lorafit.models.load import load_base
 from lorafit.modules import Experts, LoRAExperts, adapter_modules, attach
+from tests.merging.runs import write_run
 from tests.oracles.adapted import fill
 from tests.oracles.family_gguf import random_model, write_family
 from tests.training.rows import write_rows
@@ -146,16 +148,30 @@ def test_what_cannot_train_experts_leaves_them_and_says_so(
         attach(base(files["Q4_1"]), replace(method, targets="experts.down_proj"))
 
 
-def test_plain_lora_beside_qalora_is_for_linear_layers(files: dict[str, Path], dense: Any, tmp_path: Path) -> None:
+def test_plain_lora_on_the_experts_beside_qalora(files: dict[str, Path], tmp_path: Path) -> None:
+    model = base(files["Q4_1"])
+    coverage = attach(model, QALoRA(rank=2, frozen_tensors="lora"))
+    experts = {f"model.layers.{i}.mlp.experts.{role}" for i in range(LAYERS) for role in ("gate_up_proj", "down_proj")}
+    assert set(coverage.beside) == experts
+    assert all(isinstance(adapter_modules(model)[name], LoRAExperts) for name in experts)
     with pytest.raises(ConfigError, match="no effect"):
-        attach(base(files["Q4_1"]), QALoRA(rank=2, frozen_tensors="lora"))
-    queries = "blk.0.attn_q.weight"
-    path = write_family(
-        tmp_path / "mixed.gguf", "qwen3moe", dense, format=lambda name: "Q8_0" if name == queries else "Q4_1"
-    )
-    coverage = attach(base(path), QALoRA(rank=2, frozen_tensors="lora"))
-    assert list(coverage.beside) == ["model.layers.0.self_attn.q_proj"]
-    assert "experts" in coverage.frozen["model.layers.0.mlp.experts.down_proj"]
+        attach(base(files["Q4_1"]), QALoRA(rank=2, targets="q_proj", frozen_tensors="lora"))
+
+
+def test_experts_merge_by_rounding(files: dict[str, Path], tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", files["Q4_1"], QALoRA(rank=2, frozen_tensors="lora"), size=0.1, held_out=False)
+    planned = plan(run, requantize="f32")
+    assert len(planned.changes) == LAYERS * (len(LINEAR) + 3)  # gate and up are two tensors of the file
+    apply(planned, tmp_path / "tuned.gguf")
+    verify(planned, tmp_path / "tuned.gguf")
+    model, _ = lorafit.load(run, compute="fp32")
+    # The sum of two matrices in one product against the sum of two products, in float32.
+    torch.testing.assert_close(logits(base(tmp_path / "tuned.gguf")), logits(model), rtol=0, atol=1e-4)
+    assert float((logits(model) - logits(base(files["Q4_1"]))).abs().max()) > 0.1
+    certificate = certify(planned, tmp_path / "tuned.gguf", "tuned.gguf")
+    assert certificate.requantized is not None
+    assert certificate.requantized.formats == {"Q4_1 to F32": 3 * LAYERS}
+    assert certificate.requantized.relative_error < 1e-6
 
 
 CONFIGS = [

@@ -92,7 +92,7 @@ def show(console: Console, certificate: Certificate) -> None:
     weights, held_out, engine = certificate.weights, certificate.held_out, certificate.llamacpp
     answers = engine.answers if isinstance(engine, InLlamaCpp) else engine
     rounded, grown = certificate.requantized, certificate.merged.size - certificate.base.size
-    size = f"the file is {grown:+,} bytes ({grown / certificate.base.size:+.1%})" if grown else "the size is the same"
+    size = f"the size changes by {grown:+,} ({grown / certificate.base.size:+.1%})" if grown else "the size is the same"
     facts = {"weights": f"bit-identical to those trained: {weights.offsets:,} offsets in {weights.tensors} tensors"}
     if weights.promoted:
         facts["promoted"] = f"as for training: {_counts(weights.promoted)}"
@@ -100,7 +100,7 @@ def show(console: Console, certificate: Certificate) -> None:
         facts["not exact"] = (
             f"{_counts(rounded.formats)}: plain LoRA added, rounded anew; weights off by {rounded.relative_error:.2%}"
         )
-    base = f"{certificate.base.name}, promoted" if weights.promoted else certificate.base.name
+    base = f"the promoted {certificate.base.name}" if weights.promoted else certificate.base.name
     those = "of the exact tensors, " if rounded is not None else ""
     facts["bytes"] = f"{those}{weights.bytes_changed:,} differ from {base}, all in offsets; {size}"
     if isinstance(held_out, HeldOut):

@@ -63,12 +63,11 @@ def attach(model: nn.Module, config: AdapterConfig) -> Coverage:
         )
     beside: dict[str, str] = {}
     if isinstance(config, QALoRA) and config.frozen_tensors == "lora":
-        beside = {name: reason for name, reason in unsuited.items() if is_linear(layers[name])}
-        unsuited = {name: reason for name, reason in unsuited.items() if name not in beside}
-        if not beside:
+        if not unsuited:
             raise ConfigError(
                 "--frozen-tensors lora has no effect: every target has block offsets or is given them; leave it out"
             )
+        beside, unsuited = unsuited, beside
     frozen |= unsuited
     total = count_parameters(model)
     formats = {name: _format_of(layer) for name, layer in (embeddings | others | layers).items()}
@@ -95,10 +94,10 @@ def count_parameters(model: nn.Module) -> int:
 
 def _wrap(layer: nn.Module, config: AdapterConfig, beside: bool) -> AdapterModule:
     if isinstance(config, QALoRA):
-        if beside:
-            return LoRALinear(layer, LoRA(rank=config.rank, alpha=config.alpha))
-        assert isinstance(layer, PackedLinear), "checked by _why_unsuited"
-        return QALoRALinear(layer, config)
+        if not beside:
+            assert isinstance(layer, PackedLinear), "checked by _why_unsuited"
+            return QALoRALinear(layer, config)
+        config = LoRA(rank=config.rank, alpha=config.alpha)
     return LoRAExperts(layer, config) if isinstance(layer, ExpertStack) else LoRALinear(layer, config)
 
 
