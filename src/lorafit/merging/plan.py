@@ -146,8 +146,8 @@ def _check_options(run: Path, beside: int, requantize: Requantize | None, tolera
         raise MergeError(f"--requantize {requantize} is not one of {', '.join(get_args(Requantize))}")
     if beside and requantize is None:
         raise MergeError(
-            f"{run} trained plain LoRA on {beside} layers (--frozen-tensors lora), which can be merged only by rounding "
-            f"them anew: say to what, as in --requantize q8_0, or ship {run / 'adapter'} beside the base"
+            f"{run} trained plain LoRA on {beside} layers (--frozen-tensors lora), which merge only by being rounded "
+            f"anew: say to what, as in --requantize q8_0, or ship {run / 'adapter'} beside the base"
         )
     if requantize is not None and not beside:
         raise MergeError(f"--requantize {requantize} has no effect on {run}, of which every layer merges exactly")

@@ -1,8 +1,8 @@
 """Merging what no block can take exactly: a tensor is unpacked, the update added in float32, and the sum rounded anew.
 
-This is what other tools do to every tensor. Here it is for those alone that have plain LoRA because QA-LoRA cannot train
-them; it is asked for by name, and what it costs is measured. Some rows are worked on at a time. Where a format has an
-offset, scale and offset are searched (``formats.search``).
+This is what other tools do to every tensor. Here it is for those alone that have plain LoRA because QA-LoRA cannot
+train them; it is asked for by name, and what it costs is measured. Some rows are worked on at a time. Where a format
+has an offset, scale and offset are searched (``formats.search``).
 """
 
 from __future__ import annotations
