@@ -101,7 +101,7 @@ def test_it_compiles_for_a_gpu(name: str, tmp_path: Path, monkeypatch: pytest.Mo
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from lorafit.kernels.cuda import unpack_tile
+    from lorafit.kernels.cuda import COMPILED, unpack_tile
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     block = FORMATS[name]
@@ -119,7 +119,7 @@ def test_it_compiles_for_a_gpu(name: str, tmp_path: Path, monkeypatch: pytest.Mo
     types |= {name: f"*{kind}" for name, kind in pointers.items()}
     places = {(unpack_tile.arg_names.index(name),): value for name, value in constants.items()}
     source = ASTSource(fn=unpack_tile, signature=types, constexprs=places)
-    compiled = triton.compile(source, target=GPUTarget("cuda", 80, 32), options={"enable_fp_fusion": False})
+    compiled = triton.compile(source, target=GPUTarget("cuda", 80, 32), options=COMPILED)
     assert len(compiled.asm["cubin"]) > 1000
     assert "cvt.rn.bf16" in compiled.asm["ptx"]
     assert "fma." not in compiled.asm["ptx"]

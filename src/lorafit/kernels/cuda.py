@@ -24,6 +24,7 @@ from lorafit.formats.nf4 import DYNAMIC
 from lorafit.kernels.tables import table_of
 
 _TILE = 1024  # weights that a program unpacks
+COMPILED = {"enable_fp_fusion": False}
 # Not those that are plain numbers, which torch converts as fast as anything.
 _FORMATS = {
     "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K",
@@ -73,7 +74,7 @@ def dequantize(
         tile,
     )
     with torch.cuda.device_of(blocks):
-        launch(*arguments, enable_fp_fusion=False)
+        launch(*arguments, **COMPILED)
 
 
 @cache
