@@ -120,6 +120,9 @@ def test_all_differences_are_raised_at_once(directory: Path, tmp_path: Path) -> 
     }
 
 
+DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+
+
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
@@ -133,6 +136,9 @@ def test_all_differences_are_raised_at_once(directory: Path, tmp_path: Path) -> 
         (edit_config(quantization_config={"quant_method": "fp8"}), "sets quantization_config"),
         (edit_config(auto_map={"AutoModelForCausalLM": "own.Model"}), "sets auto_map: .*own modelling code"),
         (edit_config(attention_dropout=0.1), "sets attention_dropout: .*set it to 0"),
+        (edit_config(resid_pdrop=0.1), "sets resid_pdrop: .*set it to 0"),
+        (edit_config(use_bidirectional_attention=True), "sets use_bidirectional_attention: .*only what comes before"),
+        (edit_config(rope_parameters=DYNAMIC), "rotary scaling 'dynamic' is not supported: it depends on the longest"),
         (edit_config(hidden_size="wide"), "cannot be loaded: .*hidden_size"),
         (edit_config(num_attention_heads=7), "cannot be loaded: .*heads"),
         (edit_config(hidden_act="magic"), "cannot be loaded: .*magic"),

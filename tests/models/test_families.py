@@ -210,6 +210,31 @@ def test_each_document_has_its_own_rotary_frequencies(tmp_path: Path, variant: s
     assert furthest(alone(dense, ids[20:120]), expected[20:120]) > 0.1, "a longer text changes its beginning"
 
 
+@pytest.mark.parametrize(
+    ("family", "quantize"),
+    [
+        (family, quantize)
+        for family in KINDS
+        for quantize in (None, "q8_0")
+        if (family, quantize) != ("qwen3moe", "q8_0")
+    ],
+)
+def test_directories_of_hugging_face(tmp_path: Path, family: str, quantize: Any) -> None:
+    dense = random_model(family, **({"sliding_window": WINDOW} if family in ("mistral", "phi3") else {}))
+    dense.save_pretrained(tmp_path / "model")
+    tokenizer = load_base(write_family(tmp_path / "model.gguf", "llama", random_model("llama"))).tokenizer
+    tokenizer.save_pretrained(tmp_path / "model")
+    model = load_base(tmp_path / "model", compute="fp32", quantize=quantize).model
+    if quantize:
+        embedding, head = (dense.get_input_embeddings().weight, dense.get_output_embeddings().weight)
+        kept = embedding.clone(), head.clone()
+        rounded(dense, "Q8_0")
+        with torch.no_grad():  # only linear layers are quantised
+            embedding.copy_(kept[0])
+            head.copy_(kept[1])
+    assert furthest(packed(model), each_alone(lambda ids: alone(dense, ids))) < 1e-4
+
+
 WINDOWED = {
     # llama.cpp does not look at these families' windows; transformers, which trained models are published for, does.
     "mistral": ("mistral", {"sliding_window": WINDOW}, {"metadata": {"attention.sliding_window": WINDOW}}),

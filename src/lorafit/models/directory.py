@@ -33,6 +33,9 @@ _UNSUPPORTED = {
     "quantization_config": "lorafit does not read weights that are quantised so; use a GGUF file of the model",
     "auto_map": "it brings its own modelling code, which lorafit does not run",
     "attention_dropout": "lorafit trains without dropout in attention; set it to 0 there",
+    "embd_pdrop": "lorafit trains without dropout in the model; set it to 0 there",
+    "resid_pdrop": "lorafit trains without dropout in the model; set it to 0 there",
+    "use_bidirectional_attention": "lorafit trains models that see only what comes before",
 }
 
 
