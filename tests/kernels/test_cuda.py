@@ -16,7 +16,7 @@ from tests.oracles.blocks import random_blocks
 triton = pytest.importorskip("triton", reason="Triton is not installed for this platform")
 
 NAMES = [name for name in FORMATS if name not in ("F32", "F16", "BF16")]
-ROWS = {"all": None, "some, repeated": torch.tensor([2, 0, 0, 1]), "one": torch.tensor([1], dtype=torch.int32)}
+ROWS = {"all": None, "some, repeated": torch.tensor([2, 0, 0, 1])}
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HEIGHT, GROUPS = 3, 5
 
