@@ -31,7 +31,8 @@ from lorafit.data.chat import Document, encode_all
 from lorafit.data.packing import Batch, split_passes
 from lorafit.data.readers import read_examples
 from lorafit.evaluation.loss import evaluate
-from lorafit.formats import dequantize, search
+from lorafit.formats import dequantize
+from lorafit.kernels import search
 from lorafit.models.attention import document_attention
 from lorafit.models.load import load_base
 from lorafit.modules import PackedLinear, PackedWeight

@@ -83,7 +83,7 @@ def test_code_for_arm_looks_up_in_one_instruction_and_calls_nothing(
         assembly[name] = target.emit_assembly(module)
         return 0
 
-    monkeypatch.setattr(loops, "_machine_code", emit)
+    monkeypatch.setattr(loops, "machine_code", emit)
     monkeypatch.setattr(vectors.platform, "machine", lambda: "arm64")
     monkeypatch.setattr(vectors, "host_features", dict)
     for name in FORMATS:

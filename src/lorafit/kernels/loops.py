@@ -131,7 +131,7 @@ def _compiled(
     v.branch(take)
     v.position_at_end(done)
     v.ret_void()
-    return _machine_code(str(module), name)
+    return machine_code(str(module), name)
 
 
 @cache
@@ -143,7 +143,8 @@ def _machine() -> binding.TargetMachine:
     return target.create_target_machine(cpu=binding.get_host_cpu_name(), features=features, opt=3, jit=True)
 
 
-def _machine_code(text: str, name: str) -> int:
+def machine_code(text: str, name: str) -> int:
+    """Compile a module in LLVM's assembly for this processor; returns the address of one of its functions."""
     engine = binding.create_mcjit_compiler(binding.parse_assembly(text), _machine())
     engine.finalize_object()
     _engines.append(engine)

@@ -2,7 +2,7 @@
 
 This is what other tools do to every tensor. Here it is for those alone that have plain LoRA because QA-LoRA cannot
 train them; it is asked for by name, and what it costs is measured. Some rows are worked on at a time. Where a format
-has an offset, scale and offset are searched (``formats.search``).
+has an offset, scale and offset are searched (``kernels.search``).
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from torch import Tensor
 from lorafit.config import Requantize
 from lorafit.containers.gguf import TensorInfo
 from lorafit.errors import FormatError, MergeError
-from lorafit.formats import block_format, dequantize, quantize, search
+from lorafit.formats import block_format, dequantize, quantize
+from lorafit.kernels import search
 from lorafit.merging.exact import differing
 from lorafit.modules import AdapterModule, LoRALinear, PackedLinear, PackedWeight
 from lorafit.modules.experts import PackedExperts

@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 from lorafit import formats
 from lorafit.config import Quantize
 from lorafit.errors import FormatError, ModelError
-from lorafit.formats import block_format, search
+from lorafit.formats import block_format
+from lorafit.kernels import search
 from lorafit.modules import PackedLinear, PackedWeight
 from lorafit.modules.experts import ExpertStack
 

@@ -15,8 +15,8 @@ two only ever lowers the error and soon stands still, at a minimum near where it
 that leave out some of the extremes, then around the best result so far. Plain rounding is among the candidates: no
 block gets worse.
 
-Blocks lie along the last dimension here, so that every operation but the sums is element by element over thousands of
-blocks, and the sums add in a fixed order: the same weights give the same bits on every processor.
+The search itself is in vector code where there is any, and in torch elsewhere. Both do the same operations on float32
+in the same order, sums included, so that the same weights give the same bits on every processor.
 """
 
 from __future__ import annotations
@@ -30,16 +30,17 @@ from lorafit.formats.registry import block_format
 from lorafit.formats.simple import pack_integers
 from lorafit.formats.tensors import Packed, dequantize
 from lorafit.formats.tensors import quantize as quantize_by_rounding
+from lorafit.kernels.search_plan import MOVES, ROUNDS, TRIMS
+
+try:
+    from lorafit.kernels.search_code import SEARCH
+except ImportError:
+    SEARCH = None  # type: ignore[assignment]
 
 _BITS = {"Q4_1": 4, "Q5_1": 5}
 _BLOCK = 32
+_WORK = 1 << 11  # for one block, in operations on a number
 _BLOCKS_AT_ONCE = 1 << 13  # a chunk and its intermediates stay in the cache
-
-# Where a search begins: how much of the range is left out at either end.
-_TRIMS = (0.0, 0.05, 0.1)
-# Where it goes on from the best result: factors on the step, and shifts of the offset in steps.
-_MOVES = tuple((factor, shift) for factor in (0.985, 1.015) for shift in (-0.3, -0.1, 0.1, 0.3))
-_ROUNDS = 2
 
 
 def quantize(weights: Tensor, name: str, importance: Tensor | None = None) -> Packed:
@@ -61,32 +62,66 @@ def quantize(weights: Tensor, name: str, importance: Tensor | None = None) -> Pa
     elif importance.shape != weights.shape[1:] or not bool((importance >= 0).all() & importance.isfinite().all()):
         raise FormatError(f"{weights.shape[1]} inputs need as many finite importances, none of them negative")
     groups = weights.shape[1] // _BLOCK
-    of_block = importance.float().view(groups, _BLOCK).T
-    of_block = torch.where(of_block.sum(0) > 0, of_block, 1.0)  # where nothing matters, everything does
+    of_block = importance.float().view(groups, _BLOCK)
+    of_block = torch.where(of_block.sum(1, keepdim=True) > 0, of_block, 1.0)  # where nothing matters, everything does
     rows = max(1, _BLOCKS_AT_ONCE // groups)
     for start in range(0, len(weights), rows):
         chunk = slice(start, start + rows)
-        columns = weights[chunk].reshape(-1, _BLOCK).T.contiguous()
-        repeated = of_block.repeat(1, columns.shape[1] // groups)
-        _improve(blocks[chunk].view(-1, block_format(name).nbytes), name, columns, repeated)
+        _improve(blocks[chunk].view(-1, block_format(name).nbytes), name, weights[chunk].reshape(-1, _BLOCK), of_block)
     return Packed(blocks, None)
 
 
-def _improve(blocks: Tensor, name: str, weights: Tensor, importance: Tensor) -> None:
-    """Replace those of ``blocks`` [n, nbytes] that the search betters; weights and importance are [32, n]."""
+def _improve(blocks: Tensor, name: str, rows: Tensor, importance: Tensor) -> None:
+    """Replace those of ``blocks`` [n, nbytes] that the search betters.
+
+    Args:
+        blocks: What rounding makes of the weights; changed in place.
+        name: Their format.
+        rows: Weights, [n, 32].
+        importance: [groups, 32], for the blocks in turn.
+    """
     largest = 2 ** _BITS[name] - 1
+    weights, importance_of = rows.T.contiguous(), importance.repeat(len(rows) // len(importance), 1).T.contiguous()
+    if SEARCH is None or rows.device.type != "cpu":
+        scale, offset = best_by_torch(weights, importance_of, largest)
+    else:
+        scale, offset = best_by_vector_code(rows, importance, largest)
+    # Only now to half precision: first the scale, then the offset that is best with it, then the integers.
+    scale = scale.half().float()
+    q = _codes(weights, scale, offset, largest)
+    total, first = _sum(importance_of), _sum(importance_of * weights)
+    offset = ((first - scale * _sum(importance_of * q)) / total).half().float()
+    q = _codes(weights, scale, offset, largest)
+    rounded = dequantize(blocks, name, rows.shape).T
+    error, by_rounding = (
+        _error(weights, importance_of, scale, offset, q),
+        _sum(importance_of * (rounded - weights).square()),
+    )
+    better = error < by_rounding  # false where a number is none
+    found = (scale.half(), offset.half(), q.to(torch.uint8))
+    scale_better, offset_better, q_better = (values[..., better] for values in found)
+    fields = (as_bytes(scale_better[:, None]), as_bytes(offset_better[:, None]), pack_integers(q_better.T, _BITS[name]))
+    blocks[better] = torch.cat(fields, dim=1)
+
+
+def best_by_vector_code(rows: Tensor, importance: Tensor, largest: int) -> tuple[Tensor, Tensor]:
+    """Scale and offset of each block: weights [n, 32], importance [groups, 32] -> float32 [n] each."""
+    scale, offset = torch.empty(len(rows)), torch.empty(len(rows))
+    ranges = [(1 - 2 * trim) / largest for trim in TRIMS]
+    rows, importance = rows.contiguous(), importance.contiguous()
+    SEARCH(
+        len(rows), _WORK, torch.float32, rows, importance, len(importance), float(largest), *ranges, scale, offset
+    )  # fmt: skip
+    return scale, offset
+
+
+def best_by_torch(weights: Tensor, importance: Tensor, largest: int) -> tuple[Tensor, Tensor]:
+    """The same, with the blocks along the last dimension: [32, n] each -> float32 [n] each."""
     total, first = _sum(importance), _sum(importance * weights)
-
-    def codes(scale: Tensor, offset: Tensor) -> Tensor:
-        inverse = torch.where(scale == 0, 0, 1 / scale)
-        return ((weights - offset) * inverse).round_().clamp_(0, largest)
-
-    def error(scale: Tensor, offset: Tensor, q: Tensor) -> Tensor:
-        return _sum(importance * (q * scale + offset - weights).square_())
 
     def descend(scale: Tensor, offset: Tensor, times: int) -> tuple[Tensor, Tensor]:
         for _ in range(times):
-            q = codes(scale, offset)
+            q = _codes(weights, scale, offset, largest)
             weighted = importance * q
             sum_q, sum_qq, sum_qw = _sum(weighted), _sum(weighted * q), _sum(weighted * weights)
             spread = total * sum_qq - sum_q.square()
@@ -94,38 +129,37 @@ def _improve(blocks: Tensor, name: str, weights: Tensor, importance: Tensor) -> 
             offset = (first - scale * sum_q) / total
         return scale, offset
 
+    def error(scale: Tensor, offset: Tensor) -> Tensor:
+        return _error(weights, importance, scale, offset, _codes(weights, scale, offset, largest))
+
     low, span = weights.amin(0), weights.amax(0) - weights.amin(0)
     best = span / largest, low
-    least = error(*best, codes(*best))
+    least = error(*best)
 
     def consider(scale: Tensor, offset: Tensor, times: int) -> None:
         nonlocal best, least
         candidate = descend(scale, offset, times)
-        reached = error(*candidate, codes(*candidate))
+        reached = error(*candidate)
         better = reached < least
         least = torch.where(better, reached, least)
         best = torch.where(better, candidate[0], best[0]), torch.where(better, candidate[1], best[1])
 
-    for trim in _TRIMS:
+    for trim in TRIMS:
         consider(span * ((1 - 2 * trim) / largest), low + trim * span, 2)
-    for _ in range(_ROUNDS):
+    for _ in range(ROUNDS):
         scale, offset = best
-        for factor, shift in _MOVES:
+        for factor, shift in MOVES:
             consider(scale * factor, offset + shift * scale, 1)
+    return best
 
-    # Only now to half precision: first the scale, then the offset that is best with it, then the integers.
-    scale = best[0].half().float()
-    q = codes(scale, best[1])
-    offset = ((first - scale * _sum(importance * q)) / total).half().float()
-    q = codes(scale, offset)
-    rounded = dequantize(blocks, name, (blocks.shape[0], _BLOCK)).T
-    better = error(scale, offset, q) < _sum(
-        importance * (rounded - weights).square()
-    )  # false where a number is not one
-    found = (scale.half(), offset.half(), q.to(torch.uint8))
-    scale_better, offset_better, q_better = (values[..., better] for values in found)
-    fields = (as_bytes(scale_better[:, None]), as_bytes(offset_better[:, None]), pack_integers(q_better.T, _BITS[name]))
-    blocks[better] = torch.cat(fields, dim=1)
+
+def _codes(weights: Tensor, scale: Tensor, offset: Tensor, largest: int) -> Tensor:
+    inverse = torch.where(scale == 0, 0, 1 / scale)
+    return ((weights - offset) * inverse).round_().clamp_(0, largest)
+
+
+def _error(weights: Tensor, importance: Tensor, scale: Tensor, offset: Tensor, q: Tensor) -> Tensor:
+    return _sum(importance * (q * scale + offset - weights).square_())
 
 
 def _sum(values: Tensor) -> Tensor:

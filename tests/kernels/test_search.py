@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from lorafit.errors import FormatError
-from lorafit.formats import dequantize, search
+from lorafit.formats import dequantize
+from lorafit.kernels import search
 
 LEVELS = {"Q4_1": 15, "Q5_1": 31}
 DISTRIBUTIONS = {
@@ -118,3 +119,18 @@ def test_what_cannot_be_searched_is_refused() -> None:
         search.quantize(torch.full((1, 32), torch.nan), "Q4_1")
     with pytest.raises(FormatError, match="48"):
         search.quantize(torch.zeros(1, 48), "Q4_1")
+
+
+@pytest.mark.parametrize("name", LEVELS)
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_vector_code_and_torch_find_the_same_bits(name: str, distribution: str) -> None:
+    if search.SEARCH is None:
+        pytest.skip("no vector code for this processor")
+    weights = drawn(distribution, 400, 32)
+    weights[:6] *= torch.tensor([0.0, 1e-8, 1e-38, 1e-42, 1e4, 1e30])[:, None]
+    weights[6:9] = torch.tensor([0.0, 2.5, -1e-5])[:, None]
+    for importance in (torch.ones(5, 32), torch.rand(5, 32), torch.rand(5, 32).pow(8) * 1e6):
+        found = search.best_by_vector_code(weights, importance, LEVELS[name])
+        expected = search.best_by_torch(weights.T.contiguous(), importance.repeat(80, 1).T.contiguous(), LEVELS[name])
+        for one, other in zip(found, expected, strict=True):
+            assert torch.equal(one.view(torch.int32), other.view(torch.int32))
