@@ -233,6 +233,20 @@ def test_the_number_of_threads_changes_no_bit() -> None:
     assert torch.equal(results[0][1], results[1][1])
 
 
+def test_what_lies_elsewhere_is_refused() -> None:
+    """Compiled code would take its address for one of the processor's memory."""
+    blocks, offsets, rows = random_blocks("Q4_1", 4, 2)[0], torch.zeros(4, 2).half(), torch.arange(4)
+    for wrong in (
+        {"rows": rows.to("meta")},
+        {"offsets": offsets.to("meta")},
+        {"out": torch.empty(4, 64, device="meta")},
+    ):
+        with pytest.raises(AssertionError):
+            kernels.dequantize(blocks, "Q4_1", torch.float32, **wrong)
+    with pytest.raises(AssertionError):
+        kernels.linear(torch.empty(1, 64, device="meta"), blocks, "Q4_1")
+
+
 def test_what_torch_makes_by_default_does_not_matter() -> None:
     """Compiled code writes float32 into what it was told is float32."""
     blocks, x = random_blocks("Q4_1", 7, 2)[0], torch.randn(2, 64)

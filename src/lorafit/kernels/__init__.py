@@ -59,7 +59,7 @@ def dequantize(
     shape = _checked_shape(blocks, block_format(format_name), rows, offsets, constants)
     if out is None:
         out = torch.empty(shape, dtype=dtype, device=blocks.device)
-    assert out.shape == shape and out.dtype == dtype and out.is_contiguous()
+    assert out.shape == shape and out.dtype == dtype and out.is_contiguous() and out.device == blocks.device
     _backend(blocks, format_name, dtype).dequantize(blocks, format_name, rows, offsets, constants, out)
     return out
 
@@ -90,7 +90,7 @@ def linear(
         IndexError: ``rows`` asks for a row that is not there.
     """
     shape = _checked_shape(blocks, block_format(format_name), rows, offsets, constants)
-    assert x.shape[1:] == shape[1:], "a vector as wide as the weight"
+    assert x.shape[1:] == shape[1:] and x.device == blocks.device, "a vector as wide as the weight"
     fused = cpu if fuses_linear(blocks, format_name) else reference
     return fused.linear(x, blocks, format_name, rows, offsets, constants)
 
@@ -106,6 +106,7 @@ def _checked_shape(
     """The weight's shape. Compiled code reads wherever it is told to, so every claim is checked here."""
     groups = blocks.shape[1] // block.nbytes
     assert blocks.dtype == torch.uint8 and blocks.shape[1] == groups * block.nbytes, "whole blocks"
+    assert {t.device for t in (rows, offsets, constants) if t is not None} <= {blocks.device}, "all in one place"
     if rows is not None and len(rows) and not rows.is_cuda:
         low, high = (int(end) for end in torch.aminmax(rows))
         if low < 0 or high >= blocks.shape[0]:
