@@ -7,6 +7,9 @@ to find its base again.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -53,10 +56,27 @@ def quantized(weights: Tensor, how: Quantize, name: str, where: object) -> Packe
     """
     format_name = BLOCK_FORMATS[how]
     try:
-        packed = _search(weights, format_name) if how in ("q4_1", "q5_1") else formats.quantize(weights, format_name)
+        with _one_thread():
+            searched = how in ("q4_1", "q5_1")
+            packed = _search(weights, format_name) if searched else formats.quantize(weights, format_name)
     except FormatError as error:
         raise ModelError(f"{where}: {name}: {error}") from None
     return PackedWeight(packed.blocks, format_name, constants=packed.constants, name=name)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Let torch compute in one thread.
+
+    Quantising is thousands of operations on pieces that fit into the cache, too small to be worth sharing: while
+    another process had one of two cores, two threads took ten times as long as one.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _search(weights: Tensor, format_name: str) -> formats.Packed:
