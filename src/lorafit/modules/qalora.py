@@ -15,8 +15,8 @@ inputs, so this gives the update the size that LoRA's has. Block-wise A is the s
 repeated g times, which is how it is saved.
 
 A layer whose blocks have no offset, but whose format can be promoted to one that has (``lorafit.formats.promote``), is
-trained on promoted blocks. These are new memory; the layer keeps the blocks of the file too, which cost nothing as long
-as nobody reads them, and with the adapter disabled it computes with those.
+trained on promoted blocks. These are new memory. The layer keeps the blocks of the file too and computes with those
+while the adapter is disabled; their pages are given back after use, so that no weight stays in memory twice.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from lorafit.containers.mapped import release
 from lorafit.errors import AdapterError, FormatError
 from lorafit.formats import PROMOTED, block_format, promote, read_offsets
 from lorafit.modules.adapter import AdapterModule
-from lorafit.modules.packed import PackedLinear, PackedWeight
+from lorafit.modules.packed import FUSED_TOKENS, PackedLinear, PackedWeight
 
 
 def has_offsets(format_name: str) -> bool:
@@ -130,7 +130,11 @@ class QALoRALinear(AdapterModule):
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.enabled:
-            return self.base(x)
+            y = self.base(x)
+            # A few tokens are a step of decoding, and the next one will read the same pages.
+            if self.promoted is not None and x.numel() > FUSED_TOKENS * self.in_features:
+                release(self.base.packed.blocks)
+            return y
         offsets = self.merged_offsets()
         if torch.is_grad_enabled():
             y = _OffsetProduct.apply(x, self.qalora_A, self.qalora_B, offsets, self.scale, self.trained, self.group)
@@ -168,13 +172,6 @@ def _promoted(packed: PackedWeight) -> PackedWeight:
         raise AdapterError(f"{packed.name}: {error}; leave it out with --targets") from None
     release(packed.blocks)
     return PackedWeight(blocks, format_name, rows=packed.rows, name=packed.name)
-
-
-def release_originals(model: nn.Module) -> None:
-    """Let go of the pages of tensors that are trained promoted, after something read them; see ``release``."""
-    for module in model.modules():
-        if isinstance(module, QALoRALinear) and module.promoted is not None:
-            release(module.base.packed.blocks)
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from lorafit.evaluation.loss import Metrics, evaluate
 from lorafit.models.base import Base
 from lorafit.models.load import load_base
 from lorafit.modules import adapters_disabled, attach
-from lorafit.modules.qalora import offsets_held, release_originals
+from lorafit.modules.qalora import offsets_held
 from lorafit.modules.size import measure_size
 from lorafit.objectives.sft import sft_loss
 from lorafit.training import report, setup
@@ -113,7 +113,6 @@ class Run:
         with adapters_disabled(self.base.model):
             self._before = self._evaluate("base")
         if self.coverage.promoted:
-            release_originals(self.base.model)
             self._promoted = self._evaluate("base with promoted weights")
         self.directory.create(self.config, self.base.path, self.rows.held_out)
         self.begun = True
