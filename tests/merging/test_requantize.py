@@ -12,9 +12,11 @@ from safetensors.numpy import load_file, save_file
 
 from lorafit.commands.merge import merge
 from lorafit.config import QALoRA
+from lorafit.containers.gguf import TensorInfo
 from lorafit.errors import MergeError
 from lorafit.merging import apply, certify, plan, verify
 from lorafit.merging.certificate import HeldOut
+from lorafit.merging.requantize import RoundedChange
 from lorafit.models.load import load
 from tests.merging.runs import write_run
 from tests.merging.test_exact import in_file, tensors, updates
@@ -114,6 +116,23 @@ def test_run_and_file_compute_nearly_the_same_and_so_does_llamacpp(run: Path, tm
     found = LlamaCppOracle(tmp_path / "tuned.gguf").logits(tokens)
     # llama.cpp quantises activations where weights are quantised.
     assert np.abs(found - of_file.numpy()).mean() < 0.15
+
+
+@pytest.mark.parametrize("rows", [1, 4, 7, 15])
+def test_pieces_of_experts_get_their_own_update(rows: int) -> None:
+    experts, height, rank, width = 3, 5, 2, 32
+    random = np.random.default_rng(0)
+    weights, a, b = (
+        random.standard_normal(shape).astype(np.float32)
+        for shape in ((experts * height, width), (experts, rank, width), (experts, height, rank))
+    )
+    info = TensorInfo("blk.0.ffn_down_exps.weight", "F32", (experts, height, width), 0, weights.nbytes)
+    change = RoundedChange("experts", info, "F32", torch.from_numpy(a), torch.from_numpy(b))
+    blocks = torch.from_numpy(weights.view(np.uint8))
+    pieces = [change.convert(start, blocks[start : start + rows]) for start in range(0, len(blocks), rows)]
+    expected = weights + (b @ a).reshape(-1, width)
+    # Two products added in float32, of numbers below 10.
+    np.testing.assert_allclose(torch.cat(pieces).numpy().view(np.float32), expected, rtol=0, atol=1e-5)
 
 
 def test_what_is_refused(base: TinyLlama, run: Path, tmp_path: Path) -> None:
