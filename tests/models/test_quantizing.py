@@ -250,13 +250,6 @@ def test_truncated_files_are_refused(directory: Path, tmp_path: Path) -> None:
             load_base(path, quantize="nf4")
 
 
-def test_stacked_experts_are_refused_by_name(tmp_path: Path) -> None:
-    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
-    write_tiny_directory(tmp_path / "model", "qwen3_moe", **experts)
-    with pytest.raises(ModelError, match=r"mlp\.experts\.\w+ is a stack of matrices"):
-        load_base(tmp_path / "model", quantize="nf4")
-
-
 def test_settings_for_generating_come_along(directory: Path, tmp_path: Path) -> None:
     path = shutil.copytree(directory, tmp_path / "model")
     (path / "generation_config.json").write_text(json.dumps({"temperature": 0.25, "do_sample": True}))

@@ -23,6 +23,7 @@ from lorafit.errors import AdapterError, ConfigError, ContainerError, ModelError
 from lorafit.merging import apply, certify, plan, verify
 from lorafit.models.load import load_base
 from lorafit.modules import Experts, LoRAExperts, adapter_modules, attach
+from lorafit.training.proof import check_first_gradients
 from tests.merging.runs import write_run
 from tests.oracles.adapted import fill
 from tests.oracles.family_gguf import random_model, write_family
@@ -321,6 +322,33 @@ def test_training_lowers_the_loss(files: dict[str, Path], tmp_path: Path, method
     trained = [module for module in adapter_modules(model).values() if isinstance(module, LoRAExperts)]
     assert len(trained) == (0 if method == "qalora" else 2 * LAYERS)
     assert all(module.lora_B.any() for module in trained)
+
+
+def test_layers_that_are_computed_again_learn_the_same(files: dict[str, Path], tmp_path: Path) -> None:
+    data, losses = write_rows(tmp_path / "rows.jsonl", 60), []
+    for memory in ("high", "lowest"):
+        config = TrainConfig(
+            str(files["Q4_1"]), data, output=str(tmp_path / memory), method="lora", rank=2, steps=4, batch_size=8,
+            samples=0, learning_rate=1e-2, compute="fp32", memory=memory,
+        )  # fmt: skip
+        lorafit.train(config)
+        lines = map(json.loads, (tmp_path / memory / "metrics.jsonl").read_text().splitlines())
+        losses.append([line["loss"] for line in lines if "loss" in line])
+    assert len(losses[0]) >= 4
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_an_expert_without_a_token_in_the_first_step_is_no_error(files: dict[str, Path]) -> None:
+    model = base(files["Q4_1"])
+    attach(model, LoRA(rank=2))
+    model(input_ids=TOKENS[:, :1]).logits.square().sum().backward()
+    check_first_gradients(model)
+    idle = 0
+    for module in adapter_modules(model).values():
+        if isinstance(module, LoRAExperts):
+            assert module.lora_B.grad is not None
+            idle += int((~module.lora_B.grad.flatten(1).any(1)).sum())
+    assert idle == 2 * LAYERS * (EXPERTS - 2)  # one token goes to two experts of each layer
 
 
 def test_qalora_merges_beside_frozen_experts(files: dict[str, Path], dense: PreTrainedModel, tmp_path: Path) -> None:

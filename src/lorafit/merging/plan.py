@@ -170,7 +170,7 @@ def _check_tensors(base: Base, adapters: Mapping[str, AdapterModule], file: GGUF
         packed = packed_weights(module)
         infos = [file.tensors.get(part.name) for part in packed]
         if not packed or any(
-            info is None or info.format != part.format_name or math.prod(info.shape) != math.prod(part.shape)
+            info is None or info.format != part.format_name or info.shape[-2:] != part.shape
             for part, info in zip(packed, infos, strict=True)
         ):
             raise MergeError(f"{file.path} has not the tensor that {name} was loaded from; did it change meanwhile?")

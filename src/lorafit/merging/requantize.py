@@ -86,7 +86,7 @@ def rounded_changes(
         a, b = a.unsqueeze(0), b.unsqueeze(0)
     changes, top = [], 0
     for packed in packed_weights(module):
-        height = packed.shape[0] // len(b)
+        height = packed.shape[0]
         of_part = b[:, top : top + height]
         if packed.rows is not None:
             moved = torch.empty_like(of_part)
@@ -99,10 +99,10 @@ def rounded_changes(
 
 
 def packed_weights(module: AdapterModule) -> list[PackedWeight]:
-    """The packed tensors that a layer is made of, one above the other; none if it is not packed."""
+    """What a layer's matrix, or its first expert's, is packed in, one above the other; nothing if it is not packed."""
     if isinstance(module.base, PackedLinear):
         return [module.base.packed]
-    return list(module.base.parts) if isinstance(module.base, PackedExperts) else []  # type: ignore[arg-type]
+    return module.base.matrix(0) if isinstance(module.base, PackedExperts) else []
 
 
 def _target(info: TensorInfo, requantize: Requantize) -> str:

@@ -143,10 +143,11 @@ def _place(model: PreTrainedModel, family: Family, info: TensorInfo, blocks: Ten
 def _place_experts(model: PreTrainedModel, family: Family, file: GGUFFile) -> None:
     """Put packed experts where transformers' fused ones stand; the file keeps their three matrices apart."""
     for name, fused in [item for item in model.named_modules() if is_fused(item[1])]:
-        parts = []
+        roles = []
         for role in ("gate_proj", "up_proj", "down_proj"):
             info = file.tensors[keymap.gguf_name(f"{name}.{role}.weight", family) or ""]
-            parts.append(PackedWeight(_blocks(file, info), info.format, name=info.name))
-        gate_up = PackedExperts(parts[:2], fused.num_experts, sums=False)
-        down = PackedExperts(parts[2:], fused.num_experts, sums=True)
+            pieces = _blocks(file, info).chunk(info.shape[0])
+            roles.append([PackedWeight(piece, info.format, name=info.name) for piece in pieces])
+        gate_up = PackedExperts(list(zip(*roles[:2], strict=True)), sums=False)
+        down = PackedExperts(list(zip(roles[2], strict=True)), sums=True)
         model.set_submodule(name, Experts(gate_up, down, fused.act_fn))

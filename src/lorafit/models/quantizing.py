@@ -19,8 +19,7 @@ from lorafit.config import Quantize
 from lorafit.errors import FormatError, ModelError
 from lorafit.formats import block_format
 from lorafit.kernels import search
-from lorafit.modules import PackedLinear, PackedWeight
-from lorafit.modules.experts import ExpertStack
+from lorafit.modules import PackedExperts, PackedLinear, PackedWeight
 
 # What the names mean in blocks. QLoRA's own are doubly quantised.
 BLOCK_FORMATS: dict[Quantize, str] = {
@@ -101,18 +100,20 @@ def quantize_model(model: PreTrainedModel, how: Quantize, where: object) -> dict
         Layers that were left as they are -> why.
 
     Raises:
-        ModelError: Some weights are not finite, too large for the format, or of stacked experts.
+        ModelError: Some weights are not finite, or too large for the format.
     """
     kept = {}
     head = model.get_output_embeddings()
     for name, layer in list(model.named_modules()):
-        if isinstance(layer, ExpertStack):
-            raise ModelError(f"{where}: {name} is a stack of matrices, which lorafit cannot quantise")
-        if not isinstance(layer, PackedLinear) or layer is head:
+        if not isinstance(layer, PackedLinear | PackedExperts) or layer is head:
             continue
         why = why_kept(layer.in_features, how)
         if why:
             kept[name] = why
-        else:
+        elif isinstance(layer, PackedLinear):
             layer.packed = quantized(layer.packed.dense(torch.float32), how, f"{name}.weight", where)
+        else:
+            for i, part in enumerate(layer.parts):
+                assert isinstance(part, PackedWeight)
+                layer.parts[i] = quantized(part.dense(torch.float32), how, part.name, where)
     return kept

@@ -15,10 +15,10 @@ from transformers import PreTrainedModel
 
 from lorafit.config import Quantize
 from lorafit.containers.safetensors import SafetensorsDirectory
-from lorafit.errors import ModelError
 from lorafit.models.bitsandbytes import BitsAndBytes
 from lorafit.models.problems import raise_problems
 from lorafit.models.quantizing import quantized, why_kept
+from lorafit.models.separate import join_experts, joined_name, separate_experts
 from lorafit.models.skeleton import put_parameter
 from lorafit.modules import PackedLinear, PackedWeight
 
@@ -41,10 +41,8 @@ def fill_model(
         ContainerError: A file is broken.
         ModelError: The checkpoint is not of this model, or holds what cannot be quantised.
     """
+    separate_experts(model)
     expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    fused = [name for name, shape in expected.items() if len(shape) > 2]
-    if fused:
-        raise ModelError(f"{files.path}: {fused[0]} is a stack of matrices, which lorafit quantises in GGUF files only")
     before = BitsAndBytes(files.path, files.shapes.keys(), files.read)
     _check_names(files, model, expected, before)
     head = model.get_output_embeddings()
@@ -67,10 +65,11 @@ def fill_model(
             model.set_submodule(layer, PackedLinear(values))
         else:
             put_parameter(model, name, values.to(dtype, copy=True))
+    join_experts(model)
     model.tie_weights()
     on_meta = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
     assert not on_meta, f"left without data: {on_meta}"
-    return kept
+    return {joined_name(name): why for name, why in kept.items()}
 
 
 def _check_names(

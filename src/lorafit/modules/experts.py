@@ -159,54 +159,46 @@ class ExpertStack(nn.Module, ABC):
 
 
 class PackedExperts(ExpertStack):
-    """Experts over packed blocks, a matrix being made of one or more tensors of the file, one above the other.
+    """Experts over packed blocks.
 
     Args:
-        parts: The tensors, each with the rows of its first expert, then those of the second, and so on.
-        experts: Number of experts.
+        matrices: For each expert its matrix, as one or more packed ones that stand above one another. A file's tensor
+            of all experts is cut into views, one for each of them.
         sums: See ``ExpertStack``.
     """
 
-    def __init__(self, parts: Sequence[PackedWeight], experts: int, *, sums: bool) -> None:
-        rows, widths = [part.shape[0] for part in parts], {part.shape[1] for part in parts}
-        assert len(widths) == 1 and not any(count % experts for count in rows), "equally many rows for each expert"
-        assert all(part.rows is None for part in parts), "an expert's rows are taken as they lie"
-        super().__init__(experts, sum(rows) // experts, widths.pop(), sums=sums)
-        self.parts = nn.ModuleList(parts)
+    def __init__(self, matrices: Sequence[Sequence[PackedWeight]], *, sums: bool) -> None:
+        first = matrices[0]
+        assert all([part.shape for part in parts] == [part.shape for part in first] for parts in matrices)
+        assert len({part.shape[1] for part in first}) == 1, "parts of one matrix"
+        super().__init__(len(matrices), sum(part.shape[0] for part in first), first[0].shape[1], sums=sums)
+        self.parts = nn.ModuleList(part for parts in matrices for part in parts)
 
     @property
     def format_name(self) -> str:
-        return "+".join(dict.fromkeys(part.format_name for part in self._parts()))
+        return "+".join(dict.fromkeys(part.format_name for part in self.parts))  # type: ignore[misc]
 
     def dense(self, expert: int, dtype: torch.dtype) -> Tensor:
-        out = scratch((self.out_features, self.in_features), dtype, self._parts()[0].blocks.device)
-        heights = [part.shape[0] // self.experts for part in self._parts()]
-        for part, piece in zip(self._parts(), out.split(heights), strict=True):
-            blocks, rows = self._rows(part, expert)
-            kernels.dequantize(blocks, part.format_name, dtype, rows=rows, constants=part.constants, out=piece)
+        parts = self.matrix(expert)
+        out = scratch((self.out_features, self.in_features), dtype, parts[0].blocks.device)
+        for part, piece in zip(parts, out.split([part.shape[0] for part in parts]), strict=True):
+            kernels.dequantize(
+                part.blocks, part.format_name, dtype, rows=part.rows, constants=part.constants, out=piece
+            )
         return out
 
     def product(self, x: Tensor, expert: int, routing: Routing) -> Tensor:
+        parts = self.matrix(expert)
         # By the number of all tokens: in a longer text an expert that gets few is to compute as it does in training.
         few = routing.token_count <= FUSED_TOKENS
-        if not few or not all(kernels.fuses_linear(part.blocks, part.format_name) for part in self._parts()):
+        if not few or not all(kernels.fuses_linear(part.blocks, part.format_name) for part in parts):
             return super().product(x, expert, routing)
-        results = []
-        for part in self._parts():
-            blocks, rows = self._rows(part, expert)
-            results.append(kernels.linear(x, blocks, part.format_name, rows=rows, constants=part.constants))
-        return torch.cat(results, dim=-1)
+        return torch.cat([part.product(x) for part in parts], dim=-1)
 
-    def _parts(self) -> list[PackedWeight]:
-        return list(self.parts)  # type: ignore[arg-type]
-
-    def _rows(self, part: PackedWeight, expert: int) -> tuple[Tensor, Tensor | None]:
-        """An expert's blocks, and its rows in them; constants go by a block's number in the whole tensor."""
-        height = part.shape[0] // self.experts
-        first, end = expert * height, (expert + 1) * height
-        if part.constants is None:
-            return part.blocks[first:end], None
-        return part.blocks, torch.arange(first, end, device=part.blocks.device)
+    def matrix(self, expert: int) -> list[PackedWeight]:
+        """What an expert's matrix is made of, from top to bottom."""
+        count = len(self.parts) // self.experts
+        return [self.parts[i] for i in range(expert * count, (expert + 1) * count)]  # type: ignore[misc]
 
 
 class DenseExperts(ExpertStack):

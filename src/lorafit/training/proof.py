@@ -16,6 +16,8 @@ from lorafit.modules import adapter_modules
 def check_first_gradients(model: nn.Module) -> None:
     """After the first backward pass every adapter must have received a gradient.
 
+    The adapter of a stack of experts counts as one: an expert that got no token has had nothing to learn from yet.
+
     Raises:
         TrainingError: Some adapters had none; they are named.
     """
