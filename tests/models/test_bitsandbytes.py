@@ -182,6 +182,8 @@ def state_with(**changes: Any) -> Any:
     [
         (f"{LAYER}.weight.absmax", None, "absmax is missing"),
         (f"{LAYER}.weight.nested_absmax", lambda value: value[:1].repeat(5), "is not in a layout of bitsandbytes"),
+        (f"{LAYER}.weight.nested_absmax", lambda value: value * torch.nan, "has scales that are not finite"),
+        (STATE, state_with(nested_offset=float("inf")), "has scales that are not finite"),
         (f"{LAYER}.weight.quant_map", lambda value: value * 0.5, "quant_map is not bitsandbytes' own table"),
         (f"{LAYER}.weight.nested_quant_map", lambda value: value.flip(0), "nested_quant_map is not bitsandbytes' own"),
         (f"{LAYER}.weight", lambda value: value[:-1], "is not in a layout of bitsandbytes"),
@@ -189,7 +191,7 @@ def state_with(**changes: Any) -> Any:
         (STATE, state_with(blocksize=0), "is not in a layout of bitsandbytes"),
         (STATE, state_with(shape=[64, 384]), "is not in a layout of bitsandbytes"),
         (STATE, state_with(nested_blocksize=128), "is not in a layout of bitsandbytes"),
-        (STATE, state_with(nested_offset=None), "is not in a layout of bitsandbytes"),
+        (STATE, state_with(nested_offset="0.05"), "is not in a layout of bitsandbytes"),
         (STATE, lambda value: value[:-1], "is not in a layout of bitsandbytes"),
         (f"{LAYER}.bias", lambda value: torch.ones(128), "is not a weight of this architecture"),
     ],

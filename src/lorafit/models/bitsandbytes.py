@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from lorafit.errors import ModelError
-from lorafit.formats import block_format
+from lorafit.formats import block_format, finite
 from lorafit.formats.nf4 import DYNAMIC
 from lorafit.modules import PackedWeight
 
@@ -62,7 +62,14 @@ class BitsAndBytes:
             ModelError: The checkpoint is not in the layout that this module describes.
         """
         states = [key for key in self.companions(name) if _STATE in key]
-        return self._load_4bit(name, states[0], shape) if states else self._load_8bit(name, shape)
+        loaded = self._load_4bit(name, states[0], shape) if states else self._load_8bit(name, shape)
+        if isinstance(loaded, Tensor):
+            sound = bool(loaded.isfinite().all())
+        else:
+            sound = finite(loaded.blocks, loaded.format_name, loaded.constants)
+        if not sound:
+            raise ModelError(f"{self.where}: {name} has scales that are not finite; fetch the model again")
+        return loaded
 
     def _load_8bit(self, name: str, shape: tuple[int, ...]) -> Tensor:
         owner = name.removesuffix("weight")
@@ -111,7 +118,7 @@ class BitsAndBytes:
         if (
             state.get("nested_blocksize") != _SHARED
             or len(scales) != -(-blocks // _SHARED)
-            or not isinstance(mean, float)
+            or not isinstance(mean, int | float)
         ):
             raise self._broken(name)
         return torch.cat((torch.tensor([mean]), scales))
