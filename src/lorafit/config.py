@@ -122,6 +122,8 @@ class TrainConfig:
             has block offsets, qlora with --quantize, else lora.
         quantize: Quantise the linear layers of a full-precision base while it is loaded: ``nf4`` or ``fp4`` (blocks of
             64, their scales quantised too), ``q4_1`` or ``q5_1`` (which qalora can train), ``q8_0``.
+        importance_rows: Training rows whose activations weigh the errors of --quantize q4_1 or q5_1 by how strongly
+            each input is used; 0 weighs all alike. The base is loaded in full precision for it.
         rank: Rank of the adapter.
         alpha: The adapter is scaled by alpha/rank.
         scaling: ``standard`` is alpha/rank, ``rslora`` alpha/sqrt(rank), ``plain`` alpha. Not with --method qalora.
@@ -160,6 +162,7 @@ class TrainConfig:
     output: str | None = None
     method: Method | None = None
     quantize: Quantize | None = None
+    importance_rows: int = 0
     rank: int = 16
     alpha: float = 32.0
     scaling: Scaling = "standard"

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,6 +30,7 @@ from lorafit.modules import AdapterModule, Coverage, QALoRALinear, adapter_modul
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 OFFSETS_FILE = "qalora_offsets.safetensors"
+IMPORTANCE_FILE = "importance.safetensors"
 
 _PREFIX = "base_model.model."
 _PARTS: tuple[Literal["A"], Literal["B"]] = ("A", "B")
@@ -60,12 +61,14 @@ class AdapterRecord:
         base: The base as the user named it.
         base_sha256: Its fingerprint; empty for an adapter that lorafit did not write.
         quantize: What the base was quantised to while it was loaded.
+        importance: What that weighed its errors by, if by anything: layer -> float32 [in_dim].
     """
 
     config: AdapterConfig
     base: str
     base_sha256: str
     quantize: Quantize | None = None
+    importance: Mapping[str, Tensor] | None = None
 
 
 def save_adapter(model: nn.Module, directory: str | Path, record: AdapterRecord) -> None:
@@ -95,6 +98,8 @@ def save_adapter(model: nn.Module, directory: str | Path, record: AdapterRecord)
             name: module.merged_offsets().cpu() for name, module in modules.items() if isinstance(module, QALoRALinear)
         }
         _write_tensors(directory / OFFSETS_FILE, offsets, {"format": "pt", "base_sha256": record.base_sha256})
+    if record.importance:
+        write_importance(directory, record.importance)
     write_text(directory / CONFIG_FILE, json.dumps(_peft_config(model, record), indent=2) + "\n")
 
 
@@ -117,6 +122,7 @@ def read_record(directory: str | Path) -> AdapterRecord:
             return AdapterRecord(_foreign_config(fields), fields.get("base_model_name_or_path") or "", "")
         kind = {"lora": LoRA, "qlora": QLoRA, "qalora": QALoRA}[note["method"]]
         record = AdapterRecord(kind(**note["config"]), note["base"], note["base_sha256"], note.get("quantize"))
+        record = replace(record, importance=read_importance(directory))
     except ConfigError as error:
         raise AdapterError(f"{directory}: {error}") from None
     except (KeyError, TypeError, AttributeError):
@@ -125,6 +131,16 @@ def read_record(directory: str | Path) -> AdapterRecord:
         if fields.get(key, value) != value:
             raise AdapterError(f"{path}: {key} is {fields[key]!r}, but the weights were trained with {value!r}")
     return record
+
+
+def write_importance(directory: Path, importance: Mapping[str, Tensor]) -> None:
+    """Keep what the quantisation of a base weighed its errors by, without which it is not found again."""
+    _write_tensors(directory / IMPORTANCE_FILE, dict(importance), {"format": "pt"})
+
+
+def read_importance(directory: Path) -> Mapping[str, Tensor] | None:
+    """What ``write_importance`` kept; None if there is nothing."""
+    return read_tensors(directory / IMPORTANCE_FILE) if (directory / IMPORTANCE_FILE).exists() else None
 
 
 def load_adapter(

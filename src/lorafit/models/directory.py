@@ -22,6 +22,7 @@ from lorafit.formats import block_format
 from lorafit.models import keymap
 from lorafit.models.base import Base
 from lorafit.models.problems import raise_problems
+from lorafit.models.quantizing import Importance
 from lorafit.models.skeleton import empty_model
 from lorafit.models.streaming import fill_model
 
@@ -39,7 +40,9 @@ _UNSUPPORTED = {
 }
 
 
-def load_directory(path: Path, dtype: torch.dtype, quantize: Quantize | None = None) -> Base:
+def load_directory(
+    path: Path, dtype: torch.dtype, quantize: Quantize | None = None, importance: Importance | None = None
+) -> Base:
     """Load a directory.
 
     A checkpoint that bitsandbytes quantised, and one that is to be quantised, is read tensor by tensor
@@ -49,6 +52,7 @@ def load_directory(path: Path, dtype: torch.dtype, quantize: Quantize | None = N
         path: With config.json, safetensors and a tokenizer.
         dtype: Type of all parameters that are not packed.
         quantize: What to quantise the linear layers to.
+        importance: How strongly each input of each layer is used, for the search of q4_1 and q5_1.
 
     Raises:
         ContainerError: A file is broken.
@@ -63,7 +67,7 @@ def load_directory(path: Path, dtype: torch.dtype, quantize: Quantize | None = N
         )
     with _quiet_transformers():
         if quantize or not is_full_precision(fields):
-            model, kept = _stream(path, dtype, quantize)
+            model, kept = _stream(path, dtype, quantize, importance)
         else:
             model, kept = _load_plain(path, dtype), {}
         try:
@@ -123,13 +127,15 @@ def _quantized_origin(fields: Mapping[str, Any]) -> str | None:
         return None
 
 
-def _stream(path: Path, dtype: torch.dtype, quantize: Quantize | None) -> tuple[PreTrainedModel, dict[str, str]]:
+def _stream(
+    path: Path, dtype: torch.dtype, quantize: Quantize | None, importance: Importance | None
+) -> tuple[PreTrainedModel, dict[str, str]]:
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         model = empty_model(config, dtype)
     except Exception as error:
         raise ModelError(f"{path} cannot be loaded: {_in_one_line(error)}") from error
-    kept = fill_model(model, SafetensorsDirectory.open(path), dtype, quantize)
+    kept = fill_model(model, SafetensorsDirectory.open(path), dtype, quantize, importance)
     if (path / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(path)
     return model, kept

@@ -19,7 +19,7 @@ from lorafit.models.base import Base
 from lorafit.models.gguf import model_from_gguf
 from lorafit.models.longrope import settle_rotary
 from lorafit.models.pull import EMBEDDED, pull
-from lorafit.models.quantizing import quantize_model
+from lorafit.models.quantizing import Importance, quantize_model
 from lorafit.models.tokenizer import tokenizer_from_gguf
 
 
@@ -51,18 +51,26 @@ def load(
     if quantize:
         raise ConfigError(f"{model} is a run, which says itself how its base is quantised; leave quantize out")
     record = read_record(adapter)
-    base = load_base(record.base, compute=compute, quantize=record.quantize)
+    base = load_base(record.base, compute=compute, quantize=record.quantize, importance=record.importance)
     load_adapter(base.model, adapter)
     return base.model, base.tokenizer
 
 
-def load_base(model: str | Path, *, compute: Compute = "auto", quantize: Quantize | None = None) -> Base:
+def load_base(
+    model: str | Path,
+    *,
+    compute: Compute = "auto",
+    quantize: Quantize | None = None,
+    importance: Importance | None = None,
+) -> Base:
     """Load a base model.
 
     Args:
         model: ``smollm2-135m``, a .gguf file, or a Hugging Face directory.
         compute: Arithmetic; ``auto`` is bf16 where the processor multiplies it in hardware, else fp32.
         quantize: Quantise the linear layers of a full-precision base to this.
+        importance: How strongly each input of each layer is used, for the search of q4_1 and q5_1: full name of the
+            layer -> [in_dim]. None weighs all inputs alike.
 
     Raises:
         MissingFileError: Nothing is there.
@@ -73,7 +81,7 @@ def load_base(model: str | Path, *, compute: Compute = "auto", quantize: Quantiz
     dtype = compute_dtype(compute)
     _settle_sines()
     if path.is_dir():
-        base = directory.load_directory(path, dtype, quantize)
+        base = directory.load_directory(path, dtype, quantize, importance)
         settle_rotary(base.model, str(path))
         return base
     stamp = take_stamp(path)
@@ -87,7 +95,9 @@ def load_base(model: str | Path, *, compute: Compute = "auto", quantize: Quantiz
             f"`lorafit export {path} DIRECTORY --format safetensors` and quantise that a second time"
         )
     base = Base(model_from_gguf(file, tokenizer, dtype), tokenizer, path, dtype, stamp, licence)
-    return replace(base, quantize=quantize, kept=quantize_model(base.model, quantize, path)) if quantize else base
+    if quantize is None:
+        return base
+    return replace(base, quantize=quantize, kept=quantize_model(base.model, quantize, path, importance))
 
 
 def is_full_precision(model: str | Path) -> bool:

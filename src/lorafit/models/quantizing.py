@@ -7,7 +7,7 @@ to find its base again.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -21,6 +21,8 @@ from lorafit.formats import block_format
 from lorafit.kernels import search
 from lorafit.modules import PackedExperts, PackedLinear, PackedWeight
 
+Importance = Mapping[str, Tensor]  # layer -> how strongly each of its inputs is used, [in_dim]
+
 # What the names mean in blocks. QLoRA's own are doubly quantised.
 BLOCK_FORMATS: dict[Quantize, str] = {
     "nf4": "NF4_DQ",
@@ -29,6 +31,8 @@ BLOCK_FORMATS: dict[Quantize, str] = {
     "q5_1": "Q5_1",
     "q8_0": "Q8_0",
 }
+
+SEARCHED = ("q4_1", "q5_1")  # those for which the best blocks are searched
 
 _AT_ONCE = 2**18  # weights that are searched at once
 
@@ -41,7 +45,9 @@ def why_kept(width: int, how: Quantize) -> str | None:
     return None
 
 
-def quantized(weights: Tensor, how: Quantize, name: str, where: object) -> PackedWeight:
+def quantized(
+    weights: Tensor, how: Quantize, name: str, where: object, importance: Importance | None = None
+) -> PackedWeight:
     """A matrix in blocks.
 
     Args:
@@ -49,15 +55,19 @@ def quantized(weights: Tensor, how: Quantize, name: str, where: object) -> Packe
         how: To what.
         name: The tensor's name.
         where: The file or directory that it comes from.
+        importance: What the search of q4_1 and q5_1 weighs errors by; none weighs all inputs alike.
 
     Raises:
-        ModelError: Some weights are not finite, or too large for the format.
+        ModelError: Some weights are not finite, or too large for the format; or the importance is not the layer's.
     """
     format_name = BLOCK_FORMATS[how]
     try:
         with _one_thread():
-            searched = how in ("q4_1", "q5_1")
-            packed = _search(weights, format_name) if searched else formats.quantize(weights, format_name)
+            if how in SEARCHED:
+                of_inputs = None if importance is None else importance.get(name.removesuffix(".weight"))
+                packed = _search(weights, format_name, of_inputs)
+            else:
+                packed = formats.quantize(weights, format_name)
     except FormatError as error:
         raise ModelError(f"{where}: {name}: {error}") from None
     return PackedWeight(packed.blocks, format_name, constants=packed.constants, name=name)
@@ -78,23 +88,26 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _search(weights: Tensor, format_name: str) -> formats.Packed:
+def _search(weights: Tensor, format_name: str, importance: Tensor | None) -> formats.Packed:
     """The search for the best scales and offsets, some rows at a time: in float32 it needs as much memory again."""
     rows, width = weights.shape
     blocks = torch.empty(rows, block_format(format_name).row_bytes(width), dtype=torch.uint8)
     step = max(1, _AT_ONCE // width)
     for piece, result in zip(weights.split(step), blocks.split(step), strict=True):
-        result.copy_(search.quantize(piece.float(), format_name).blocks)
+        result.copy_(search.quantize(piece.float(), format_name, importance).blocks)
     return formats.Packed(blocks, None)
 
 
-def quantize_model(model: PreTrainedModel, how: Quantize, where: object) -> dict[str, str]:
+def quantize_model(
+    model: PreTrainedModel, how: Quantize, where: object, importance: Importance | None = None
+) -> dict[str, str]:
     """Quantise the linear layers of a model in place, one after the other.
 
     Args:
         model: A model whose layers hold the numbers of a full-precision GGUF file.
         how: To what.
         where: The file, for errors.
+        importance: See ``quantized``.
 
     Returns:
         Layers that were left as they are -> why.
@@ -111,7 +124,7 @@ def quantize_model(model: PreTrainedModel, how: Quantize, where: object) -> dict
         if why:
             kept[name] = why
         elif isinstance(layer, PackedLinear):
-            layer.packed = quantized(layer.packed.dense(torch.float32), how, f"{name}.weight", where)
+            layer.packed = quantized(layer.packed.dense(torch.float32), how, f"{name}.weight", where, importance)
         else:
             for i, part in enumerate(layer.parts):
                 assert isinstance(part, PackedWeight)

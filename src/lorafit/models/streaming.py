@@ -17,14 +17,18 @@ from lorafit.config import Quantize
 from lorafit.containers.safetensors import SafetensorsDirectory
 from lorafit.models.bitsandbytes import BitsAndBytes
 from lorafit.models.problems import raise_problems
-from lorafit.models.quantizing import quantized, why_kept
+from lorafit.models.quantizing import Importance, quantized, why_kept
 from lorafit.models.separate import join_experts, joined_name, separate_experts
 from lorafit.models.skeleton import put_parameter
 from lorafit.modules import PackedLinear, PackedWeight
 
 
 def fill_model(
-    model: PreTrainedModel, files: SafetensorsDirectory, dtype: torch.dtype, how: Quantize | None
+    model: PreTrainedModel,
+    files: SafetensorsDirectory,
+    dtype: torch.dtype,
+    how: Quantize | None,
+    importance: Importance | None = None,
 ) -> dict[str, str]:
     """Load a checkpoint whose linear layers are quantised: on the way, or by bitsandbytes before.
 
@@ -33,6 +37,7 @@ def fill_model(
         files: The checkpoint.
         dtype: Type of what is not quantised.
         how: What to quantise to; None for a checkpoint that bitsandbytes quantised.
+        importance: See ``quantized``.
 
     Returns:
         Linear layers that could not be packed -> why.
@@ -60,7 +65,7 @@ def fill_model(
             values = files.read(name)
             kept[layer] = why
         else:
-            values = quantized(files.read(name), how, name, files.path)
+            values = quantized(files.read(name), how, name, files.path, importance)
         if isinstance(values, PackedWeight):
             model.set_submodule(layer, PackedLinear(values))
         else:

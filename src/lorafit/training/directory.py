@@ -18,6 +18,7 @@ from typing import Any
 
 import yaml
 
+from lorafit.adapters.peft import IMPORTANCE_FILE
 from lorafit.config import TrainConfig, read_settings
 from lorafit.containers.atomic import fingerprint, write_text
 from lorafit.data.readers import Example
@@ -28,7 +29,8 @@ from lorafit.models.pull import EMBEDDED
 # What a run consists of. The file by which a run is known goes last where they are removed, and comes first where they
 # are written: whatever is left by an interruption can be replaced.
 _PARTS = (
-    "summary.json", "report.md", "loss.png", "adapter", "checkpoints", "heldout.jsonl", "config.yaml", "metrics.jsonl",
+    "summary.json", "report.md", "loss.png", "adapter", "checkpoints", "heldout.jsonl", IMPORTANCE_FILE, "config.yaml",
+    "metrics.jsonl",
 )  # fmt: skip
 
 # Settings that say how a run is started, not what it computes.

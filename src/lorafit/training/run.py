@@ -13,10 +13,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict
+from pathlib import Path
 
 import torch
 
 from lorafit.adapters import AdapterRecord, save_adapter
+from lorafit.adapters.peft import read_importance, write_importance
 from lorafit.config import TrainConfig
 from lorafit.containers.atomic import fingerprint
 from lorafit.data.packing import pack, split_passes
@@ -24,6 +26,7 @@ from lorafit.errors import ConfigError, LorafitError, TrainingError
 from lorafit.evaluation.loss import Metrics, evaluate
 from lorafit.models.base import Base
 from lorafit.models.load import load_base
+from lorafit.models.quantizing import Importance
 from lorafit.modules import adapters_disabled, attach
 from lorafit.modules.qalora import offsets_held
 from lorafit.modules.size import measure_size
@@ -31,6 +34,7 @@ from lorafit.objectives.sft import sft_loss
 from lorafit.training import report, setup
 from lorafit.training.checkpoint import last_checkpoint, restore_checkpoint, save_checkpoint
 from lorafit.training.directory import RunDirectory, lasting_name
+from lorafit.training.importance import input_importance
 from lorafit.training.loop import Step, Trainer
 from lorafit.training.memory import peak_rss_bytes
 from lorafit.training.summary import Summary, answer_samples, promotion_cost
@@ -68,6 +72,7 @@ class Run:
         self._say = say
         self._before: Metrics | None = None
         self._promoted: Metrics | None = None
+        self._importance: Importance | None = None
         torch.manual_seed(config.seed)
         self._adapter = setup.adapter_config(config, config.method)
         self.size = measure_size(base.model)
@@ -98,15 +103,29 @@ class Run:
             RunDirectory(config.output).check_free(config)
         rows = setup.read_rows(config)
         config = setup.choose_quantization(config)
-        base = load_base(config.model, compute=config.compute, quantize=config.quantize)
+        importance = None
+        if config.importance_rows:
+            kept = read_importance(Path(config.output)) if resume and config.output else None
+            importance = kept or cls._measure_importance(config, rows, say)
+        base = load_base(config.model, compute=config.compute, quantize=config.quantize, importance=importance)
         data = setup.encode_rows(rows, config, base.model, base.tokenizer)
         config = setup.resolve(config, base.model, rows)
         run = cls(config, base, rows, data, say)
+        run._importance = importance
         if resume:
             run.directory.check_same(config, base.path)
         else:
             run.directory.check_free(config)
         return run
+
+    @staticmethod
+    def _measure_importance(config: TrainConfig, rows: setup.Rows, say: Callable[[str], None]) -> Importance:
+        """How strongly the base in full precision uses each input of each layer on some training rows."""
+        base = load_base(config.model, compute=config.compute)
+        chosen = setup.Rows(rows.training[: config.importance_rows], [])
+        documents = setup.encode_rows(chosen, config, base.model, base.tokenizer).training
+        say(f"the search for blocks weighs errors by the activations on {len(documents)} training rows")
+        return input_importance(base.model, split_passes(documents, config.pass_tokens))
 
     def begin(self) -> None:
         """Measure the base, as it is in its file and as training starts from it, and make the directory."""
@@ -115,6 +134,8 @@ class Run:
         if self.coverage.promoted:
             self._promoted = self._evaluate("base with promoted weights")
         self.directory.create(self.config, self.base.path, self.rows.held_out)
+        if self._importance:
+            write_importance(self.directory.path, self._importance)
         self.begun = True
         self.directory.record_evaluation(0, self._before)
         self.directory.record_evaluation(0, self._promoted, "promoted")
@@ -185,7 +206,9 @@ class Run:
             sha256 = directory.records()[0]["base_sha256"]
             if fingerprint(base.path) != sha256:
                 raise TrainingError(f"{base.path} changed while it was trained on; this run cannot be used, train anew")
-            record = AdapterRecord(self._adapter, lasting_name(self.config.model), sha256, base.quantize)
+            record = AdapterRecord(
+                self._adapter, lasting_name(self.config.model), sha256, base.quantize, self._importance
+            )
             save_adapter(base.model, directory.adapter, record)
         records = directory.records()
         taken = [record for record in records if "loss" in record]

@@ -31,7 +31,7 @@ from lorafit.data.preview import too_long
 from lorafit.data.readers import Example, read_examples
 from lorafit.errors import ConfigError, DataError
 from lorafit.models.load import is_full_precision
-from lorafit.models.quantizing import BLOCK_FORMATS
+from lorafit.models.quantizing import BLOCK_FORMATS, SEARCHED
 from lorafit.modules import PackedLinear
 from lorafit.modules.qalora import has_offsets
 from lorafit.training.optim import default_learning_rate
@@ -57,6 +57,7 @@ _LEAST = {
     "seed": 0,
     "eval_every": 0,
     "checkpoint_every": 0,
+    "importance_rows": 0,
     "samples": 0,
 }
 _LARGEST_SEED = 2**63 - 1  # what torch takes
@@ -132,6 +133,8 @@ def check_options(config: TrainConfig) -> None:
             f"--quantize {config.quantize} makes blocks without the offsets that --method qalora trains; use q4_1 or "
             "q5_1, or --method qlora"
         )
+    if config.quantize not in SEARCHED:
+        _refuse_idle(config, ("importance_rows",), f"without --quantize {' or '.join(SEARCHED)}")
     # Of the methods that may be chosen later, the one that takes more of these settings.
     adapter_config(config, config.method or ("lora" if config.frozen_tensors == "frozen" else "qalora"))
 
