@@ -87,7 +87,7 @@ def _introduce(run: Run, console: Console) -> None:
     """Say what will be trained on what."""
     from lorafit.training.report import describe_base
 
-    config, held_out, both = run.config, len(run.rows.held_out), run.rows.both()
+    base, config, held_out, both = run.base, run.config, len(run.rows.held_out), run.rows.both()
     data = f"{config.data}: {_count(len(run.rows.training), 'row')}"
     if held_out:
         data += f", {held_out:,} held out" + ("" if config.eval_data else " by a hash of the prompt")
@@ -96,15 +96,13 @@ def _introduce(run: Run, console: Console) -> None:
         "",
         {
             "model": config.model,
-            "weights": "; ".join(describe_base(run.size, run.base.quantize, run.base.second_quantization)),
+            "weights": "; ".join(describe_base(run.size, base.quantize, base.kept, base.second_quantization)),
             "data": data,
             "method": f"{config.method}, rank {config.rank}, learning rate {config.learning_rate:g}",
             "compute": str(run.base.compute).removeprefix("torch."),
             "run": f"{_count(run.last_step, 'step')} of {_count(config.batch_size, 'row')} -> {config.output}",
         },
     )
-    for name, why in run.base.kept.items():
-        console.print(f"{name} stays as it is: {why}.")
     console.coverage(run.coverage)
 
 

@@ -96,7 +96,8 @@ def command_line(config: TrainConfig) -> str:
 def write_report(path: Path, summary: Summary, config: TrainConfig) -> None:
     """Write ``report.md``."""
     lines = [f"# {_title(summary)}", "", *_result(summary), "![loss](loss.png)", ""]
-    lines += ["## Base", "", *_base(summary), ""]
+    base = describe_base(summary.size, summary.quantize, summary.kept, summary.second_quantization)
+    lines += ["## Base", "", *(f"- {line}" for line in base), ""]
     lines += ["## Coverage", "", *_coverage(summary.coverage), "", *_promotion(summary.promotion)]
     lines += _samples(summary.samples)
     memory = f"{summary.peak_rss_bytes / 1e9:.2f} GB" if summary.peak_rss_bytes else "not measured on this system"
@@ -169,15 +170,8 @@ def _result(summary: Summary) -> list[str]:
     return [*table, "", f"On {summary.eval_after.tokens:,} answer tokens of the rows in `heldout.jsonl`.", ""]
 
 
-def _base(summary: Summary) -> list[str]:
-    return [f"- {line}" for line in describe_base(summary.size, summary.quantize, summary.second_quantization)] + [
-        f"- left as they were: {', '.join(f'`{name}`' for name in names)}: {reason}"
-        for reason, names in _by_reason(summary.kept).items()
-    ]
-
-
-def describe_base(size: Size, quantize: str | None, second: str | None) -> list[str]:
-    """How the weights of the base are kept, a line for each fact."""
+def describe_base(size: Size, quantize: str | None, kept: Mapping[str, str], second: str | None) -> list[str]:
+    """How the weights of the base are held, a line for each fact."""
     lines = [f"{size.nbytes / 1e6:,.1f} MB, {size.bits_per_parameter:.3f} bits per parameter"]
     if size.quantized_bits_per_parameter is not None:
         lines[0] += f"; {size.quantized_bits_per_parameter:.3f} in the quantised tensors"
@@ -185,14 +179,15 @@ def describe_base(size: Size, quantize: str | None, second: str | None) -> list[
         lines.append(f"linear layers quantised to {quantize} while they were loaded")
     if second:
         lines.append(f"a second quantisation: these weights were unpacked from {second}")
-    return lines
-
-
-def _by_reason(layers: Mapping[str, str]) -> dict[str, list[str]]:
     reasons: dict[str, list[str]] = {}
-    for name, reason in layers.items():
+    for name, reason in kept.items():
         reasons.setdefault(reason, []).append(name)
-    return reasons
+    return lines + [f"left as they were: {_few(names)}: {reason}" for reason, names in reasons.items()]
+
+
+def _few(names: Sequence[str]) -> str:
+    """The first of many names; all of them are in ``summary.json``."""
+    return ", ".join(f"`{name}`" for name in names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _coverage(coverage: Coverage) -> list[str]:
@@ -204,8 +199,7 @@ def _coverage(coverage: Coverage) -> list[str]:
         for name, reason in layers.items():
             reasons.setdefault((fate, reason), []).append(name)
     for (fate, reason), names in reasons.items():
-        shown = ", ".join(f"`{name}`" for name in names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-        lines.append(f"{fate}: {shown}: {reason}.")
+        lines.append(f"{fate}: {_few(names)}: {reason}.")
     return lines
 
 
