@@ -14,7 +14,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 from lorafit.config import LoRA
 from lorafit.formats import dequantize, quantize
 from lorafit.modules import DenseExperts, Experts, LoRAExperts, PackedExperts, PackedWeight, adapters_disabled
-from lorafit.modules.experts import Routing
+from lorafit.modules.routing import Routing
 
 EXPERTS, HIDDEN, INNER, TOKENS, CHOSEN = 6, 128, 64, 23, 3
 UNUSED = 4  # an expert that no token goes to

@@ -9,19 +9,16 @@ transformers fuses the experts of a layer into two tensors, ``gate_up_proj`` [E,
 ``down_proj`` [E, H, I]. GGUF keeps three: ``ffn_gate_exps`` and ``ffn_up_exps`` [E, I, H], ``ffn_down_exps`` [E, H, I].
 Here each of transformers' two tensors is a stack of matrices, a module, and so what an adapter can stand in for.
 
-A *pair* is a token and one of its experts. Pairs are sorted by expert; then each expert that has any is unpacked once,
-multiplied with its tokens, and forgotten, in the backward pass again. Nothing of the size [pairs, H], which is k times
-that of the hidden states, is ever made: ``gate_up_proj`` takes its rows from the tokens expert by expert, ``down_proj``
-adds its rows to the tokens likewise. For that the router's weight w goes to the input of D, which is linear, so that
-its gradient needs no output of D either.
+Each expert that has a token is unpacked once, multiplied with its tokens, and forgotten, in the backward pass again.
+Nothing as large as the hidden states of each token k times is ever made: ``gate_up_proj`` takes its rows from the
+tokens expert by expert, ``down_proj`` adds its rows to the tokens likewise (``lorafit.modules.routing``). For that the
+router's weight w goes to the input of D, which is linear, so that its gradient needs no output of D either.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -30,88 +27,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lorafit import kernels
 from lorafit.modules.packed import FUSED_TOKENS, PackedWeight, scratch
-
-
-@dataclass(frozen=True)
-class Routing:
-    """Which tokens go to which experts: slots for pairs, those of an expert one after another.
-
-    Attributes:
-        tokens: int64 [slots]; the token in each slot. A slot without a pair has any token, and is given no weight.
-        groups: The experts that have tokens, each with the range of its slots.
-        order: int64 [pairs]; the pairs sorted by expert, as numbers token·k + place among the token's experts.
-        places: int64 [pairs]; the slot of each.
-        token_count: Number of tokens.
-    """
-
-    tokens: Tensor
-    groups: tuple[tuple[int, slice], ...]
-    order: Tensor
-    places: Tensor
-    token_count: int
-
-    @classmethod
-    def of(cls, top_k_index: Tensor, experts: int, *, few_sizes: bool = False) -> Routing:
-        """From the experts of each token, int64 [tokens, k].
-
-        Args:
-            top_k_index: The experts of each token, int64 [tokens, k].
-            experts: Number of experts.
-            few_sizes: Give experts a little more slots than pairs, so that groups come in a few sizes only.
-        """
-        count, chosen = top_k_index.shape[1], top_k_index.reshape(-1)
-        order = chosen.argsort(stable=True)
-        pairs = chosen.bincount(minlength=experts)
-        assert len(pairs) == experts, "the router knows its experts"
-        sizes = [_rounded_up(size) if few_sizes else size for size in pairs.tolist()]
-        ends = list(accumulate(sizes))
-        groups = tuple(
-            (e, slice(end - size, end)) for e, (size, end) in enumerate(zip(sizes, ends, strict=True)) if size
-        )
-        gaps = torch.tensor(sizes, device=pairs.device) - pairs
-        places = torch.arange(len(order), device=order.device) + (gaps.cumsum(0) - gaps).repeat_interleave(pairs)
-        tokens = order.new_zeros(sum(sizes)).index_copy_(0, places, order // count)
-        return cls(tokens, groups, order, places, len(top_k_index))
-
-    def weights(self, top_k_weights: Tensor) -> Tensor:
-        """The router's weight [slots] of what is in each slot, from [tokens, k]."""
-        weights = top_k_weights.new_zeros(len(self.tokens))
-        return weights.index_copy(0, self.places, top_k_weights.reshape(-1)[self.order])
-
-    def rows(self, x: Tensor, pairs: slice, *, sums: bool) -> Tensor:
-        """Rows of some pairs, of what goes into a product: it has a row for each pair if that sums, else per token."""
-        return x[pairs] if sums else x[self.tokens[pairs]]
-
-    def apply(self, product: Callable[[Tensor, int, slice], Tensor], x: Tensor, width: int, *, sums: bool) -> Tensor:
-        """Every expert's product with its rows, expert by expert.
-
-        Args:
-            product: Takes rows [n, in_dim], the number of the expert, and the range of the pairs that the rows stand
-                for; gives [n, width].
-            x: [pairs, in_dim] if ``sums``, else [tokens, in_dim].
-            width: Width of what an expert gives.
-            sums: Whether results are added up over the experts of a token, in at least float32.
-
-        Returns:
-            [tokens, width] if ``sums``, else [pairs, width], in the type of ``x``.
-        """
-        if sums:
-            results = x.new_zeros(self.token_count, width, dtype=torch.promote_types(x.dtype, torch.float32))
-        else:
-            results = x.new_empty(len(self.tokens), width)
-        for expert, pairs in self.groups:
-            rows = product(self.rows(x, pairs, sums=sums), expert, pairs)
-            if sums:
-                results.index_add_(0, self.tokens[pairs], rows.to(results.dtype))
-            else:
-                results[pairs] = rows
-        return results.to(x.dtype)
-
-
-def _rounded_up(size: int) -> int:
-    """To a multiple of an eighth of itself and of 16: eight sizes between a power of two and the next."""
-    step = max(16, 1 << max(size.bit_length() - 4, 0))
-    return -(-size // step) * step
+from lorafit.modules.routing import Routing
 
 
 class ExpertStack(nn.Module, ABC):
@@ -121,8 +37,8 @@ class ExpertStack(nn.Module, ABC):
         experts: Number of experts E.
         out_features: Width of what an expert gives.
         in_features: Width of what an expert takes.
-        sums: Whether results are added up over the experts of a token, [pairs, in_dim] -> [tokens, out_dim];
-            otherwise an expert takes its tokens' rows, [tokens, in_dim] -> [pairs, out_dim].
+        sums: Whether results are added up over the experts of a token, [slots, in_dim] -> [tokens, out_dim];
+            otherwise an expert takes its tokens' rows, [tokens, in_dim] -> [slots, out_dim].
     """
 
     def __init__(self, experts: int, out_features: int, in_features: int, *, sums: bool) -> None:

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from lorafit.config import LoRA
 from lorafit.modules.adapter import AdapterModule
-from lorafit.modules.experts import ExpertStack, Routing
+from lorafit.modules.experts import ExpertStack
+from lorafit.modules.routing import Routing
 
 
 class LoRAExperts(AdapterModule):
@@ -81,10 +82,10 @@ class _LoRAExperts(torch.autograd.Function):
     ) -> Tensor:
         h = x.new_empty(len(routing.tokens), a.shape[1])
 
-        def product(rows: Tensor, expert: int, pairs: slice) -> Tensor:
-            torch.mm(rows, a[expert].T.to(x.dtype), out=h[pairs])
+        def product(rows: Tensor, expert: int, slots: slice) -> Tensor:
+            torch.mm(rows, a[expert].T.to(x.dtype), out=h[slots])
             y = rows @ stack.dense(expert, x.dtype).T
-            return y.addmm_(h[pairs], b[expert].T.to(x.dtype), alpha=scale)
+            return y.addmm_(h[slots], b[expert].T.to(x.dtype), alpha=scale)
 
         y = routing.apply(product, x, stack.out_features, sums=stack.sums)
         ctx.save_for_backward(x, h, a, b)
@@ -97,10 +98,10 @@ class _LoRAExperts(torch.autograd.Function):
         scale, stack, routing = ctx.scale, ctx.stack, ctx.routing
         da, db = torch.zeros_like(a), torch.zeros_like(b)  # an expert without a token gets no gradient
 
-        def product(dy: Tensor, expert: int, pairs: slice) -> Tensor:
+        def product(dy: Tensor, expert: int, slots: slice) -> Tensor:
             dh = (dy @ b[expert].to(dy.dtype)).mul_(scale)
-            da[expert] = dh.T @ routing.rows(x, pairs, sums=stack.sums)
-            db[expert] = (h[pairs].T @ dy).T * scale
+            da[expert] = dh.T @ routing.rows(x, slots, sums=stack.sums)
+            db[expert] = (h[slots].T @ dy).T * scale
             dx = dy @ stack.dense(expert, dy.dtype)
             return dx.addmm_(dh, a[expert].to(dy.dtype))
 
