@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from lorafit.config import QALoRA
 from lorafit.containers.gguf import GGUFFile
 from lorafit.errors import MergeError, ModelError
 from lorafit.merging import Plan, apply, certify, plan, verify
@@ -16,6 +17,8 @@ from lorafit.merging.engine import Answers, InLlamaCpp
 from lorafit.models.load import load
 from tests.merging.runs import write_run
 from tests.merging.test_exact import in_file, tensors, updates
+from tests.oracles.family_gguf import KINDS as KINDS_OF_FAMILIES
+from tests.oracles.family_gguf import random_model, write_family
 from tests.oracles.llamacpp import LlamaCppOracle
 from tests.oracles.tiny_gguf import TinyLlama, write_tiny_llama
 
@@ -148,6 +151,28 @@ def test_a_single_wrong_bit_is_seen(planned: Plan, merged: Path, tmp_path: Path,
     what = "1 bytes of offsets and 0 others" if place == "offset" else "0 bytes of offsets and 1 others"
     with pytest.raises(MergeError, match=what):
         verify(planned, tmp_path / "spoilt.gguf")
+
+
+@pytest.mark.parametrize("family", KINDS_OF_FAMILIES)
+def test_every_family_merges_into_promoted_formats(family: str, tmp_path: Path) -> None:
+    """Rows in another order, fused projections, biases, experts: what differs between families, all at once."""
+    model = write_family(tmp_path / "base.gguf", family, random_model(family), format="Q4_0")
+    planned = plan(write_run(tmp_path / "run", model, QALoRA(rank=1, alpha=2.0), size=0.3))
+    apply(planned, tmp_path / "tuned.gguf")
+    certificate = certify(planned, tmp_path / "tuned.gguf", "tuned.gguf")
+    assert certificate.weights.promoted == {"Q4_0 to Q4_1": len(planned.changes)}
+    assert isinstance(certificate.held_out, HeldOut)
+    assert certificate.held_out.run_loss == certificate.held_out.merged_loss
+    assert isinstance(certificate.llamacpp, InLlamaCpp)
+    tokens = list(range(40, 80))
+    with torch.no_grad():
+        of_run, of_base = (
+            load(path, compute="fp32")[0](torch.tensor([tokens])).logits[0].numpy()
+            for path in (tmp_path / "run", model)
+        )
+    # llama.cpp quantises activations to 8 bits, which may move logits by less than half of what the update does.
+    found = LlamaCppOracle(tmp_path / "tuned.gguf").logits(tokens)
+    assert np.abs(found - of_run).mean() < 0.5 * np.abs(of_base - of_run).mean()
 
 
 def test_a_base_that_was_replaced_is_refused(base: TinyLlama, tmp_path: Path) -> None:
