@@ -56,6 +56,13 @@ def test_in_fp32_every_weight_is_what_the_blocks_stand_for(tiny: TinyLlama, tmp_
     assert json.loads((tmp_path / "out.certificate.json").read_text()) == certificate.as_dict()
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_tied_head_is_not_written_twice(tmp_path: Path, tied: bool) -> None:
+    write_tiny_llama(tmp_path / "tiny.gguf", layers=1, tied=tied)
+    export(str(tmp_path / "tiny.gguf"), str(tmp_path / "out"))
+    assert ("lm_head.weight" in load_file(tmp_path / "out" / "model.safetensors")) != tied
+
+
 @pytest.mark.parametrize(("dtype", "bits"), [("bf16", 8), ("fp16", 11)])
 def test_smaller_types_round_once_and_say_by_how_much(tiny: TinyLlama, tmp_path: Path, dtype: str, bits: int) -> None:
     certificate = export(str(tiny.path), str(tmp_path / "out"), dtype=dtype)  # type: ignore[arg-type]
