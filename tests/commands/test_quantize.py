@@ -190,6 +190,18 @@ def test_what_has_no_effect_or_cannot_be(
     assert not Path(str(config.output)).exists()
 
 
+def test_a_quantisation_that_nobody_knows(config: TrainConfig) -> None:
+    with pytest.raises(ConfigError, match="quantize is 'q3', but must be one of nf4, fp4, q4_1, q5_1, q8_0"):
+        load(config.model, quantize="q3")  # type: ignore[arg-type]
+    train(replace(config, steps=1))
+    path = Path(f"{config.output}/adapter/adapter_model.safetensors")
+    content = path.read_bytes()
+    assert content.count(b'\\"quantize\\": \\"nf4\\"') == 1
+    path.write_bytes(content.replace(b'\\"nf4\\"', b'\\"nf5\\"'))
+    with pytest.raises(AdapterError, match="its base was quantised to 'nf5', which is unknown"):
+        load(str(config.output))
+
+
 def test_no_file_has_the_blocks_of_such_a_run(config: TrainConfig, tmp_path: Path) -> None:
     train(replace(config, method="qalora", quantize="q4_1", steps=1))
     with pytest.raises(MergeError, match=r"as it is after --quantize q4_1: there is no GGUF file of these blocks"):

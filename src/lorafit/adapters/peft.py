@@ -14,7 +14,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -122,6 +122,8 @@ def read_record(directory: str | Path) -> AdapterRecord:
             return AdapterRecord(_foreign_config(fields), fields.get("base_model_name_or_path") or "", "")
         kind = {"lora": LoRA, "qlora": QLoRA, "qalora": QALoRA}[note["method"]]
         record = AdapterRecord(kind(**note["config"]), note["base"], note["base_sha256"], note.get("quantize"))
+        if record.quantize not in (None, *get_args(Quantize)):
+            raise AdapterError(f"{directory}: its base was quantised to {record.quantize!r}, which is unknown")
         record = replace(record, importance=read_importance(directory))
     except ConfigError as error:
         raise AdapterError(f"{directory}: {error}") from None

@@ -19,7 +19,7 @@ from lorafit.models.base import Base
 from lorafit.models.gguf import model_from_gguf
 from lorafit.models.longrope import settle_rotary
 from lorafit.models.pull import EMBEDDED, pull
-from lorafit.models.quantizing import Importance, quantize_model
+from lorafit.models.quantizing import BLOCK_FORMATS, Importance, quantize_model
 from lorafit.models.tokenizer import tokenizer_from_gguf
 
 
@@ -73,10 +73,13 @@ def load_base(
             layer -> [in_dim]. None weighs all inputs alike.
 
     Raises:
+        ConfigError: There is no such quantisation.
         MissingFileError: Nothing is there.
         ContainerError: The file is broken.
         ModelError: The architecture or a tensor is not one that lorafit can use.
     """
+    if quantize is not None and quantize not in BLOCK_FORMATS:
+        raise ConfigError(f"quantize is {quantize!r}, but must be one of {', '.join(BLOCK_FORMATS)}")
     path = _resolve(model)
     dtype = compute_dtype(compute)
     _settle_sines()
