@@ -121,9 +121,28 @@ def test_what_gguf_cannot_say_is_refused(family: str, config: dict[str, Any], me
         metadata_of(AutoConfig.for_model(kind.model_type, **fields | {"pad_token_id": None} | config))
 
 
+def test_any_number_of_dimensions_may_be_rotated() -> None:
+    """transformers multiplies the share and rounds down: 49 · (1/49) is 0.98 of one."""
+    for size in range(2, 260, 2):
+        for rotated in range(2, size, 2):
+            keys = {
+                **{"block_count": 1, "context_length": 64, "embedding_length": size, "feed_forward_length": 32},
+                **{
+                    "attention.head_count": 1,
+                    "attention.layer_norm_rms_epsilon": 1e-5,
+                    "rope.dimension_count": rotated,
+                },
+            }
+            metadata = {"general.architecture": "phi3"} | {f"phi3.{key}": value for key, value in keys.items()}
+            share = config_fields(metadata, "here")["rope_parameters"]["partial_rotary_factor"]
+            assert int(size * share) == rotated, (size, rotated)
+
+
 UNKNOWN = [
     ("llama", {"attention.scale": 0.5}),
     ("llama", {"attention.causal": False}),
+    ("llama", {"attention.sliding_window": [8, 8]}),
+    ("llama", {"attention.sliding_window": "8"}),
     ("llama", {"logit_scale": 2.0}),
     ("llama", {"rope.scaling.yarn_log_multiplier": 0.1}),
     ("llama", {"attention.temperature_scale": 0.1}),

@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from lorafit.cli import main
 from lorafit.models.attention import document_attention
 from lorafit.models.load import load_base
 from lorafit.models.logits import finish_logits
@@ -233,6 +234,27 @@ def test_directories_of_hugging_face(tmp_path: Path, family: str, quantize: Any)
             embedding.copy_(kept[0])
             head.copy_(kept[1])
     assert furthest(packed(model), each_alone(lambda ids: alone(dense, ids))) < 1e-4
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [
+        "gemma3, linear",
+        "gemma2, windows by list",
+        "phi3, longrope",
+        "granite, factors",
+        "smollm3, yarn",
+        "llama, biases",
+    ],
+)
+def test_a_file_unpacked_for_transformers_is_the_same_model(tmp_path: Path, variant: str) -> None:
+    """What the file's metadata and factors say is in config.json, where transformers finds it without lorafit."""
+    family, config, options = VARIANTS[variant]
+    dense = random_model(family, **config)
+    path = write_family(tmp_path / "model.gguf", family, dense, **options)
+    assert main(["export", str(path), str(tmp_path / "unpacked"), "--format", "safetensors"]) == 0
+    unpacked = AutoModelForCausalLM.from_pretrained(tmp_path / "unpacked", dtype=torch.float32)
+    assert furthest(alone(unpacked, IDS), alone(dense, IDS)) < 1e-4
 
 
 WINDOWED = {

@@ -121,6 +121,7 @@ def test_rotary_scaling_as_llama_cpp_reads_it(scaling: dict[str, Any], expected:
         ({"rope.freq_base": float("nan")}, "rope.freq_base is nan"),
         ({"rope.freq_base": float("inf")}, "rope.freq_base is inf"),
         ({"rope.freq_base": -1.0}, "rope.freq_base is -1.0"),
+        ({"rope.freq_base": 1.0}, "rope.freq_base is 1.0, which no model has"),
         ({"rope.freq_base": [1.0]}, "rope.freq_base is a list"),
         ({"rope.scaling.type": "dynamic"}, "rotary scaling 'dynamic' is not supported"),
         ({"rope.scaling.type": "longrope"}, "the tensor rope_factors_long.weight is missing"),

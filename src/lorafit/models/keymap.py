@@ -33,7 +33,8 @@ def family_of_file(metadata: Mapping[str, Any], where: str) -> Family:
     if not found:
         raise _unknown(architecture, where, {family.architecture: None for family in FAMILIES})
     plain, *windowed = found
-    return windowed[0] if windowed and metadata.get(f"{architecture}.attention.sliding_window", 0) else plain
+    window = metadata.get(f"{architecture}.attention.sliding_window", 0)
+    return plain if not windowed or (isinstance(window, int) and window == 0) else windowed[0]
 
 
 def family_of_model(model_type: object, where: str) -> Family:

@@ -38,10 +38,14 @@ def rope_parameters(
         ModelError: A kind of scaling that the family does not have, or a number that is impossible.
     """
     where, prefix, size = metadata.where, metadata.prefix, fields["head_dim"]
-    parameters = {"rope_theta": metadata.get("rope.freq_base", float, 10000.0), "rope_type": "default"}
+    theta = metadata.get("rope.freq_base", float, 10000.0)
+    if theta <= 1.0:
+        raise ModelError(f"{where}: {prefix}rope.freq_base is {theta}, which no model has")
+    parameters = {"rope_theta": theta, "rope_type": "default"}
     rotated = metadata.get("rope.dimension_count", int, size)
     if family.partial_rotary and rotated < size and rotated % 2 == 0:
-        parameters["partial_rotary_factor"] = rotated / size
+        share = rotated / size
+        parameters["partial_rotary_factor"] = share if int(size * share) == rotated else math.nextafter(share, 1.0)
     elif rotated != size:
         said = f"{prefix}rope.dimension_count = {rotated}"
         raise ModelError(f"{where}: heads of {size} dimensions with {said} are not supported")
