@@ -199,7 +199,7 @@ def test_methods_that_do_not_fit(refused: Callable[..., str], here: Path) -> Non
     write_tiny_llama(here / "eight.gguf", layers=1, format="Q8_0")
     error = refused("train", "eight.gguf", "rows.jsonl", "--method", "qalora")
     assert "no target layer can take qalora (Q8_0 has no block offsets)" in error
-    assert "use --method lora for this base" in error
+    assert "use --method lora here" in error
     assert "rank is 0, but must be at least 1" in refused("train", "tiny.gguf", "rows.jsonl", "--rank", "0")
     assert "use --rank 2 or less" in refused("train", "tiny.gguf", "rows.jsonl", "--rank", "3")
     assert "no linear layer matches qproj" in refused("train", "tiny.gguf", "rows.jsonl", "--targets", "qproj")
