@@ -17,6 +17,7 @@ from lorafit.config import TrainConfig, read_settings
 from lorafit.errors import AdapterError, ConfigError, MergeError, ModelError
 from lorafit.models.load import load
 from lorafit.modules import PackedLinear
+from tests.models.test_bitsandbytes import quantized_here
 from tests.oracles.tiny_directory import write_tiny_directory
 from tests.oracles.tiny_gguf import write_tiny_llama
 from tests.training.rows import write_rows
@@ -87,6 +88,18 @@ def test_qlora_takes_a_packed_base_as_it_is(config: TrainConfig, folder: Path) -
     assert cost.size.quantized_bits_per_parameter > 4.9  # Q4_1's 5 and the embedding's 8.5, not NF4's 4.1
     cost = estimate(replace(config, output=None, model=str(folder / "half.gguf")))
     assert cost.coverage.formats["model.layers.0.mlp.up_proj"] == "NF4_DQ"
+
+
+def test_what_bitsandbytes_quantised_is_trained_as_it_is(config: TrainConfig, folder: Path, tmp_path: Path) -> None:
+    quantized_here(folder / "dense", tmp_path / "model", block=64, nested=True, kind="nf4")
+    summary = train(replace(config, model=str(tmp_path / "model")))
+    assert (summary.method, summary.quantize, summary.second_quantization) == ("qlora", None, None)
+    assert set(summary.coverage.formats.values()) >= {"NF4_DQ"}
+    figures = evaluate(str(config.output), f"{config.output}/heldout.jsonl")
+    assert figures["base"] == summary.eval_before
+    assert figures["tuned"] == summary.eval_after
+    # Its blocks are bitsandbytes', as ours are, so that both bases are the same.
+    assert train(replace(config, overwrite=True)).eval_before == summary.eval_before
 
 
 def test_a_run_goes_on_beside_the_same_base(config: TrainConfig, tmp_path: Path) -> None:
