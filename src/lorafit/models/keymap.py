@@ -8,7 +8,7 @@ of the Hugging Face layout lies at (head, j, half) in the file.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -31,7 +31,7 @@ def family_of_file(metadata: Mapping[str, Any], where: str) -> Family:
     architecture = metadata.get("general.architecture")
     found = [family for family in FAMILIES if isinstance(architecture, str) and family.architecture == architecture]
     if not found:
-        raise _unknown(architecture, where, {family.architecture: None for family in FAMILIES})
+        raise _unknown(architecture, where, [family.architecture for family in FAMILIES])
     plain, *windowed = found
     window = metadata.get(f"{architecture}.attention.sliding_window", 0)
     return plain if not windowed or (isinstance(window, int) and window == 0) else windowed[0]
@@ -46,12 +46,12 @@ def family_of_model(model_type: object, where: str) -> Family:
     for family in FAMILIES:
         if family.model_type == model_type:
             return family
-    raise _unknown(model_type, where, {family.model_type: None for family in FAMILIES})
+    raise _unknown(model_type, where, [family.model_type for family in FAMILIES])
 
 
-def _unknown(name: object, where: str, known: Mapping[str, None]) -> ModelError:
-    shown = repr(str(name)[:40])
-    return ModelError(f"{where}: the architecture {shown} is not supported; lorafit knows {', '.join(known)}")
+def _unknown(name: object, where: str, known: Sequence[str]) -> ModelError:
+    shown, all_known = repr(str(name)[:40]), ", ".join(dict.fromkeys(known))
+    return ModelError(f"{where}: the architecture {shown} is not supported; lorafit knows {all_known}")
 
 
 def hf_name(gguf_name: str, family: Family) -> str | None:

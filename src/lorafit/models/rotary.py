@@ -124,7 +124,7 @@ def _as_llama3(divisors: Tensor, theta: float, original: int, factor: float) -> 
             "high_freq_factor": 4.0,
             "original_max_position_embeddings": context,
         }
-        if factor == 1.0 and torch.allclose(divisors, _llama3_divisors(parameters, theta, len(divisors)), rtol=1e-4):
+        if factor == 1.0 and torch.allclose(divisors, _llama3_divisors(parameters, theta, len(divisors)), rtol=1e-5):
             return parameters
     return None
 
