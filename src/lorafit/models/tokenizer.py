@@ -249,10 +249,10 @@ class _Reader:
         known = set(tokens)
         parts = known.union(*known)  # and every character of every token
         merges = [
-            (token[:cut], token[cut:])
+            (left, right)
             for token in tokens
             for cut in range(1, len(token))
-            if token[:cut] in parts and token[cut:] in parts
+            if (left := token[:cut]) in parts and (right := token[cut:]) in parts
         ]
         for left, right in merges:
             if left not in known or right not in known:  # llama.cpp merges such characters, BPE cannot
