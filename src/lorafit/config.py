@@ -135,7 +135,8 @@ class TrainConfig:
         learning_rate: Peak learning rate. By default chosen by method and width of the model.
         steps: Optimiser steps; excludes --epochs.
         epochs: Passes over the data; excludes --steps. [default: 1]
-        batch_size: Rows in an optimiser step.
+        batch_size: Rows in an optimiser step; excludes --tokens-per-step. [default: 8]
+        tokens_per_step: Most tokens in an optimiser step, which takes as many rows as fit; excludes --batch-size.
         pass_tokens: Tokens in one forward pass; a larger batch is split and its gradients accumulated.
         max_length: Longest document in tokens; a longer row is refused unless --truncate. [default: the model's
             context]
@@ -172,7 +173,8 @@ class TrainConfig:
     learning_rate: float | None = None
     steps: int | None = None
     epochs: float | None = None
-    batch_size: int = 8
+    batch_size: int | None = None
+    tokens_per_step: int | None = None
     pass_tokens: int = 2048
     max_length: int | None = None
     truncate: bool = False

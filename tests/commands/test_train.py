@@ -18,6 +18,8 @@ from lorafit.commands.console import Console
 from lorafit.commands.evaluate import evaluate
 from lorafit.commands.train import estimate, train
 from lorafit.config import TrainConfig, read_settings
+from lorafit.data.chat import encode_all
+from lorafit.data.packing import hold_out
 from lorafit.data.readers import read_examples
 from lorafit.errors import TrainingError
 from lorafit.models.load import load_base
@@ -277,6 +279,33 @@ def test_a_run_stopped_anywhere_goes_on_to_the_same_end(config: TrainConfig, tmp
         assert metrics(config.output) == metrics(whole.output)
         assert summary.tokens == sum(line.get("tokens", 0) for line in metrics(whole.output))
         config = replace(config, overwrite=False, output=str(tmp_path / "next"))
+
+
+def test_steps_with_a_budget_of_tokens(config: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two epochs see every row twice, no step exceeds its budget, and a run goes on to the same bits."""
+    config = replace(config, batch_size=None, tokens_per_step=300, steps=None, epochs=2.0)
+    whole = replace(config, output=str(tmp_path / "whole"))
+    cost = estimate(whole)
+    summary = train(whole)
+    tokens = [line["tokens"] for line in metrics(whole.output) if "loss" in line]
+    documents = encode_all(hold_out(read_examples(config.data))[0], load_base(config.model).tokenizer)
+    assert sum(tokens) == 2 * sum(len(document.tokens) for document in documents) == cost.tokens
+    assert max(tokens) <= 300
+    assert (summary.steps, max(tokens)) == (cost.steps, cost.step_tokens)
+    assert f"- {summary.steps} steps of at most 300 tokens, " in Path(f"{whole.output}/report.md").read_text()
+    with pytest.raises(KeyboardInterrupt):
+        train(config, console=Interrupting("training 1/"))
+    run = str(config.output)
+    for words, error in (
+        (["--tokens-per-step", "301"], "where tokens_per_step is 300, not 301; leave out --tokens-per-step"),
+        (["--batch-size", "4"], "--batch-size and --tokens-per-step exclude each other"),
+    ):
+        assert main(["train", "--resume", run, *words]) == 2
+        assert error in capsys.readouterr().err
+    assert main(["train", "--resume", run]) == 0
+    assert f"{summary.steps} steps of at most 300 tokens ->" in capsys.readouterr().out
+    assert bits(run) == bits(whole.output)
+    assert metrics(run) == metrics(whole.output)
 
 
 def test_a_run_stopped_before_its_first_checkpoint_says_so(config: TrainConfig) -> None:

@@ -1,4 +1,4 @@
-"""Documents end to end, counted by hand; which rows a step sees; and which rows are held out."""
+"""Documents end to end, counted by hand; and which rows are held out."""
 
 import random
 from itertools import pairwise
@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorafit.data.chat import Document
-from lorafit.data.packing import hold_out, pack, rows_of_step, split_passes
+from lorafit.data.packing import hold_out, pack, split_passes
 from lorafit.data.readers import Example
 from lorafit.errors import DataError
 from tests.oracles.adapted import documents
@@ -56,29 +56,6 @@ def test_passes_keep_the_order_and_the_limit(lengths: list[int], limit: int) -> 
     # Nothing is split needlessly: the first document of a pass would not have fitted into the one before.
     for before, batch in pairwise(batches):
         assert sum(before.lengths) + batch.lengths[0] > limit
-
-
-# Which rows a step sees.
-
-
-@given(st.integers(1, 50), st.integers(1, 60), st.integers(0, 3))
-@settings(max_examples=60, deadline=None)
-def test_every_epoch_visits_each_row_once(count: int, batch_size: int, seed: int) -> None:
-    steps = -(-3 * count // batch_size)
-    seen = [row for step in range(steps) for row in rows_of_step(step, count, batch_size, seed)]
-    for epoch in range(3):
-        assert sorted(seen[epoch * count : (epoch + 1) * count]) == list(range(count))
-
-
-def test_rows_are_a_pure_function_of_seed_and_step() -> None:
-    rows = [rows_of_step(step, 100, 8, 7) for step in range(25)]
-    random.seed(5)
-    torch.manual_seed(5)
-    assert [rows_of_step(step, 100, 8, 7) for step in reversed(range(25))] == rows[::-1]
-    flat = [row for step in rows for row in step]
-    assert flat[:100] != list(range(100))  # shuffled
-    assert flat[:100] != flat[100:]  # and otherwise in the next epoch
-    assert rows_of_step(0, 100, 8, 8) != rows[0]
 
 
 # Holding out.

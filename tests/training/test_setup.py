@@ -11,7 +11,7 @@ from lorafit.errors import ConfigError, DataError, MissingFileError
 from lorafit.models.base import Base
 from lorafit.models.load import load_base
 from lorafit.training import setup
-from lorafit.training.setup import Rows
+from lorafit.training.setup import Data, Rows
 from tests.oracles.tiny_gguf import write_tiny_llama
 from tests.training.rows import write_rows
 
@@ -40,6 +40,10 @@ def config(folder: Path, **settings: object) -> TrainConfig:
     return TrainConfig(str(folder / "tiny.gguf"), str(folder / "rows.jsonl"), **{"rank": 2, **settings})  # type: ignore[arg-type]
 
 
+def encoded(config: TrainConfig, base: Base) -> Data:
+    return setup.encode_rows(setup.read_rows(config), config, base.model, base.tokenizer)
+
+
 @pytest.mark.parametrize(
     ("settings", "complaint"),
     [
@@ -57,6 +61,8 @@ def config(folder: Path, **settings: object) -> TrainConfig:
         ({"steps": 0}, "--steps is 0, but must be at least 1"),
         ({"batch_size": 0}, "--batch-size is 0, but must be at least 1"),
         ({"pass_tokens": 0}, "--pass-tokens is 0, but must be at least 1"),
+        ({"tokens_per_step": 0}, "--tokens-per-step is 0, but must be at least 1"),
+        ({"batch_size": 8, "tokens_per_step": 500}, "--batch-size and --tokens-per-step exclude each other"),
         ({"max_length": 1}, "--max-length is 1, but must be at least 2"),
         ({"warmup": 1.5}, "--warmup is 1.5, but is a share of the steps"),
         ({"warmup": -0.1}, "--warmup is -0.1"),
@@ -138,22 +144,24 @@ def test_data_that_would_measure_nothing_or_are_no_data(folder: Path, tmp_path: 
 
 def test_what_is_left_open_is_decided_by_model_and_data(folder: Path, tiny: Base, eight: Base) -> None:
     asked = config(folder)
-    rows = setup.read_rows(asked)
-    resolved = setup.resolve(asked, tiny.model, rows)
+    data = encoded(asked, tiny)
+    resolved = setup.resolve(asked, tiny.model, data)
     # 44 rows by 8; 1.5 / 64 = 0.0234, twice that for QA-LoRA, in two digits.
     assert (resolved.method, resolved.steps, resolved.learning_rate) == ("qalora", 6, 0.047)
+    assert (resolved.batch_size, resolved.tokens_per_step) == (8, None)
     assert resolved.output == "runs/tiny-qalora"
-    assert setup.resolve(resolved, tiny.model, rows) == resolved, "resolving twice changes nothing"
-    plain = setup.resolve(asked, eight.model, rows)
+    assert setup.resolve(resolved, tiny.model, data) == resolved, "resolving twice changes nothing"
+    plain = setup.resolve(asked, eight.model, data)
     assert (plain.method, plain.learning_rate) == ("lora", 0.023)
     asked = config(folder, method="lora", learning_rate=1e-3, epochs=2.0, batch_size=3, output="here")
-    resolved = setup.resolve(asked, tiny.model, rows)
+    resolved = setup.resolve(asked, tiny.model, data)
     assert resolved == dataclasses.replace(asked, epochs=None, steps=30)
 
 
 @pytest.mark.parametrize(
     ("settings", "complaint"),
     [
+        ({"tokens_per_step": 99_999}, "--tokens-per-step is 99999, but all rows have "),
         ({"batch_size": 45}, "--batch-size is 45, but rows to train on number 44; give that or less"),
         ({"samples": 17}, "--samples 17 has no effect beyond the 16 rows that are held out"),
         ({"eval_every": 6}, "--eval-every 6 has no effect in a run of 6 steps"),
@@ -167,7 +175,7 @@ def test_options_without_effect_on_this_run(
 ) -> None:
     asked = config(folder, **settings)
     with pytest.raises(ConfigError) as caught:
-        setup.resolve(asked, tiny.model, setup.read_rows(asked))
+        setup.resolve(asked, tiny.model, encoded(asked, tiny))
     assert str(caught.value).startswith(complaint)
 
 
@@ -175,7 +183,27 @@ def test_a_few_held_out_rows_are_enough_for_the_default_number_of_samples(
     folder: Path, tiny: Base, tmp_path: Path
 ) -> None:
     asked = config(folder, eval_data=write_rows(tmp_path / "one.jsonl", 1, first=70))
-    assert setup.resolve(asked, tiny.model, setup.read_rows(asked)).samples == 3
+    assert setup.resolve(asked, tiny.model, encoded(asked, tiny)).samples == 3
+
+
+def test_a_budget_of_tokens_makes_steps_of_its_own(folder: Path, tiny: Base) -> None:
+    asked = config(folder, tokens_per_step=200, epochs=2.0)
+    data = encoded(asked, tiny)
+    resolved = setup.resolve(asked, tiny.model, data)
+    assert (resolved.batch_size, resolved.tokens_per_step) == (None, 200)
+    lengths = [len(document.tokens) for document in data.training]
+    assert resolved.steps is not None
+    # Steps are filled, so that two and the next one's first row always exceed the budget.
+    assert 2 * sum(lengths) / 200 <= resolved.steps < 2 * (2 * sum(lengths) / 200 + 1)
+    assert setup.resolve(resolved, tiny.model, data) == resolved
+    longest = max(lengths)
+    setup.resolve(config(folder, tokens_per_step=longest), tiny.model, data)
+    place = data.training[lengths.index(longest)].source
+    with pytest.raises(DataError) as caught:
+        setup.resolve(config(folder, tokens_per_step=longest - 1), tiny.model, data)
+    assert str(caught.value).startswith(f"{place}: {longest} tokens, but a step takes at most {longest - 1}")
+    with pytest.raises(DataError, match=r"a step takes at most 20 \(44 rows are larger\); raise --tokens-per-step, "):
+        setup.resolve(config(folder, tokens_per_step=20), tiny.model, data)
 
 
 def test_the_context_limits_the_length(folder: Path, tiny: Base) -> None:

@@ -100,7 +100,7 @@ def _introduce(run: Run, console: Console) -> None:
             "data": data,
             "method": f"{config.method}, rank {config.rank}, learning rate {config.learning_rate:g}",
             "compute": str(run.base.compute).removeprefix("torch."),
-            "run": f"{_count(run.last_step, 'step')} of {_count(config.batch_size, 'row')} -> {config.output}",
+            "run": f"{_count(run.last_step, 'step')} of {_step_size(config)} -> {config.output}",
         },
     )
     console.coverage(run.coverage)
@@ -158,6 +158,12 @@ def _conclude(summary: Summary, console: Console) -> None:
         rounding = ["--requantize", "q8_0"] if summary.coverage.beside else []
         following["ship"] = shlex.join(["lorafit", "merge", run, f"{run}.gguf", *rounding])
     console.fields("Next", following)
+
+
+def _step_size(config: TrainConfig) -> str:
+    if config.tokens_per_step is not None:
+        return f"at most {_count(config.tokens_per_step, 'token')}"
+    return _count(config.batch_size or 0, "row")
 
 
 def _count(number: int, noun: str) -> str:

@@ -3,9 +3,6 @@
 A batch is one row of tokens without padding: positions restart at every document, and attention is kept within
 documents by their lengths. Only where the next token is a target does the output head run, so a batch carries those
 places and the tokens expected there.
-
-Which rows a step sees is a pure function of seed, step and batch size: epoch e uses the permutation drawn from
-(seed, e). A run that is resumed therefore goes on exactly where it stopped, with nothing to store.
 """
 
 from __future__ import annotations
@@ -15,7 +12,6 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -75,13 +71,6 @@ def split_passes(documents: Iterable[Document], pass_tokens: int) -> list[Batch]
     if waiting:
         batches.append(pack(waiting))
     return batches
-
-
-def rows_of_step(step: int, count: int, batch_size: int, seed: int) -> list[int]:
-    """Which of ``count`` rows the zero-based ``step`` trains on; every epoch visits each row once, in its own order."""
-    places = range(step * batch_size, (step + 1) * batch_size)
-    orders = {epoch: np.random.default_rng((seed, epoch)).permutation(count) for epoch in {p // count for p in places}}
-    return [int(orders[place // count][place % count]) for place in places]
 
 
 def hold_out(examples: Sequence[Example]) -> tuple[list[Example], list[Example]]:

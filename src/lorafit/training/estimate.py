@@ -7,10 +7,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from lorafit.data.chat import Document
-from lorafit.data.packing import rows_of_step, split_passes
+from lorafit.data.packing import split_passes
 from lorafit.modules import Coverage
 from lorafit.modules.size import Size
-from lorafit.training.loop import Step, Trainer
+from lorafit.training.loop import Step, Trainer, schedule_of
 from lorafit.training.memory import peak_rss_bytes
 
 
@@ -53,14 +53,14 @@ def estimate(trainer: Trainer, documents: Sequence[Document], size: Size, covera
     """
     config = trainer.config
     assert config.steps is not None
-    steps = [rows_of_step(step, len(documents), config.batch_size, config.seed) for step in range(config.steps)]
-    lengths = [sum(len(documents[row].tokens) for row in rows) for rows in steps]
+    schedule = schedule_of(documents, config)
+    lengths = [schedule.tokens(step) for step in range(config.steps)]
 
-    def take(rows: Sequence[int]) -> Step:
-        return trainer.step(split_passes([documents[row] for row in rows], config.pass_tokens))
+    def take(step: int) -> Step:
+        return trainer.step(split_passes([documents[row] for row in schedule.rows(step)], config.pass_tokens))
 
-    take(steps[0])
-    measured = take(steps[lengths.index(max(lengths))])
+    take(0)
+    measured = take(lengths.index(max(lengths)))
     rate = measured.tokens / measured.seconds
     return Estimate(
         steps=config.steps,

@@ -22,7 +22,8 @@ from transformers import PreTrainedModel
 
 from lorafit.config import TrainConfig
 from lorafit.data.chat import Document
-from lorafit.data.packing import Batch, rows_of_step, split_passes
+from lorafit.data.packing import Batch, split_passes
+from lorafit.data.schedule import Schedule
 from lorafit.models.attention import document_attention
 from lorafit.training import optim, proof
 from lorafit.training.memory import keep_activations
@@ -59,7 +60,7 @@ class Trainer:
     Args:
         model: A model with adapters.
         loss: Summed loss of a batch, see ``lorafit.objectives``.
-        config: Settings; ``learning_rate`` and ``steps`` must be resolved.
+        config: Settings; ``learning_rate``, ``steps`` and the size of a step must be resolved.
     """
 
     def __init__(self, model: PreTrainedModel, loss: Loss, config: TrainConfig) -> None:
@@ -75,8 +76,9 @@ class Trainer:
         """Train until all steps are done, yielding after each."""
         config = self.config
         assert config.steps is not None
+        schedule = schedule_of(documents, config)
         while self.done < config.steps:
-            rows = rows_of_step(self.done, len(documents), config.batch_size, config.seed)
+            rows = schedule.rows(self.done)
             yield self.step(split_passes([documents[row] for row in rows], config.pass_tokens))
 
     def step(self, batches: Sequence[Batch]) -> Step:
@@ -124,6 +126,12 @@ class Trainer:
                 loss.backward()
                 total += loss.detach().double().cpu()
         return float(total)
+
+
+def schedule_of(documents: Sequence[Document], config: TrainConfig) -> Schedule:
+    """Which documents each step trains on."""
+    lengths = [len(document.tokens) for document in documents]
+    return Schedule(lengths, config.seed, batch_size=config.batch_size, tokens_per_step=config.tokens_per_step)
 
 
 def _step_seed(seed: int, step: int) -> int:

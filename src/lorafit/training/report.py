@@ -101,10 +101,11 @@ def write_report(path: Path, summary: Summary, config: TrainConfig) -> None:
     lines += ["## Coverage", "", *_coverage(summary.coverage), "", *_promotion(summary.promotion)]
     lines += _samples(summary.samples)
     memory = f"{summary.peak_rss_bytes / 1e9:.2f} GB" if summary.peak_rss_bytes else "not measured on this system"
+    limit = f" of at most {config.tokens_per_step:,} tokens" if config.tokens_per_step else ""
     lines += [
         "## Cost",
         "",
-        f"- {summary.steps} steps, {summary.tokens:,} tokens ({summary.trained_tokens:,} of them trained), "
+        f"- {summary.steps} steps{limit}, {summary.tokens:,} tokens ({summary.trained_tokens:,} of them trained), "
         f"{summary.seconds:.0f} s, {summary.tokens_per_second:,.0f} tokens/s in {summary.compute}",
         f"- peak resident memory {memory}",
         "",

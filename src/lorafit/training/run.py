@@ -109,7 +109,7 @@ class Run:
             importance = kept or cls._measure_importance(config, rows, say)
         base = load_base(config.model, compute=config.compute, quantize=config.quantize, importance=importance)
         data = setup.encode_rows(rows, config, base.model, base.tokenizer)
-        config = setup.resolve(config, base.model, rows)
+        config = setup.resolve(config, base.model, data)
         run = cls(config, base, rows, data, say)
         run._importance = importance
         if resume:

@@ -34,6 +34,7 @@ from lorafit.models.load import is_full_precision
 from lorafit.models.quantizing import BLOCK_FORMATS, SEARCHED
 from lorafit.modules import PackedLinear
 from lorafit.modules.qalora import has_offsets
+from lorafit.training.loop import schedule_of
 from lorafit.training.optim import default_learning_rate
 
 _CHOICES = {
@@ -49,6 +50,7 @@ _ABOVE_ZERO = ("learning_rate", "epochs")
 _LEAST = {
     "steps": 1,
     "batch_size": 1,
+    "tokens_per_step": 1,
     "pass_tokens": 1,
     "max_length": 2,  # a token to predict, and one to predict it from
     "warmup": 0,
@@ -60,6 +62,7 @@ _LEAST = {
     "importance_rows": 0,
     "samples": 0,
 }
+_BATCH_SIZE = 8  # where neither rows nor tokens of a step are given
 _LARGEST_SEED = 2**63 - 1  # what torch takes
 
 
@@ -117,6 +120,8 @@ def check_options(config: TrainConfig) -> None:
         raise ConfigError(f"{_given(config, 'seed')}, but must be at most {_LARGEST_SEED}")
     if config.steps is not None and config.epochs is not None:
         raise ConfigError("--steps and --epochs exclude each other; give one")
+    if config.batch_size is not None and config.tokens_per_step is not None:
+        raise ConfigError("--batch-size and --tokens-per-step exclude each other; give one")
     if config.no_eval and config.eval_data:
         raise ConfigError("--no-eval and --eval-data exclude each other; give one")
     if (Path(config.model) / "adapter").is_dir():
@@ -210,20 +215,21 @@ def fit_length(documents: Sequence[Document], limit: int, truncate: bool) -> lis
     return result
 
 
-def resolve(config: TrainConfig, model: PreTrainedModel, rows: Rows) -> TrainConfig:
-    """Settings with a method, a learning rate, a number of steps and an output directory.
+def resolve(config: TrainConfig, model: PreTrainedModel, data: Data) -> TrainConfig:
+    """Settings with a method, a learning rate, a size and a number of steps, and an output directory.
 
     Raises:
         ConfigError: An option has no effect on this model, or on so many rows or steps.
+        DataError: A row has more tokens than a step may have.
     """
     method = config.method or default_method(model, config.quantize)
     adapter_config(config, method)
-    count = len(rows.training)
-    if config.batch_size > count:
-        raise ConfigError(f"{_given(config, 'batch_size')}, but rows to train on number {count}; give that or less")
-    if rows.held_out and config.samples > len(rows.held_out):
-        _refuse_idle(config, ("samples",), f"beyond the {len(rows.held_out)} rows that are held out")
-    steps = config.steps or math.ceil((config.epochs or 1.0) * count / config.batch_size)
+    if config.tokens_per_step is None:
+        config = dataclasses.replace(config, batch_size=config.batch_size or _BATCH_SIZE)
+    _check_step_size(config, data.training)
+    if data.held_out and config.samples > len(data.held_out):
+        _refuse_idle(config, ("samples",), f"beyond the {len(data.held_out)} rows that are held out")
+    steps = config.steps or schedule_of(data.training, config).steps_in(config.epochs or 1.0)
     for name in ("eval_every", "checkpoint_every"):
         if getattr(config, name) >= steps:
             _refuse_idle(config, (name,), f"in a run of {steps} steps, after which both are done anyway")
@@ -235,6 +241,29 @@ def resolve(config: TrainConfig, model: PreTrainedModel, rows: Rows) -> TrainCon
         epochs=None,
         output=config.output or default_output(config, method),
     )
+
+
+def _check_step_size(config: TrainConfig, documents: Sequence[Document]) -> None:
+    """Refuse steps that no row or more than all rows would fit into.
+
+    Raises:
+        ConfigError: A step would be larger than an epoch.
+        DataError: A row is larger than a step.
+    """
+    count, budget = len(documents), config.tokens_per_step
+    if config.batch_size is not None and config.batch_size > count:
+        raise ConfigError(f"{_given(config, 'batch_size')}, but rows to train on number {count}; give that or less")
+    if budget is None:
+        return
+    if long := too_long(documents, budget):
+        more = f" ({len(long)} rows are larger)" if len(long) > 1 else ""
+        raise DataError(
+            f"{long[0].source}: {len(long[0].tokens)} tokens, but a step takes at most {budget}{more}; raise "
+            f"--tokens-per-step, shorten or remove the row, or cut with --truncate --max-length {budget}"
+        )
+    tokens = sum(len(document.tokens) for document in documents)
+    if budget > tokens:
+        raise ConfigError(f"--tokens-per-step is {budget}, but all rows have {tokens} tokens; give that or less")
 
 
 def adapter_config(config: TrainConfig, method: Method) -> AdapterConfig:
