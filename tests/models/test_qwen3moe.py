@@ -276,7 +276,9 @@ def test_files_that_do_not_fit_are_refused(files: dict[str, Path], dense: PreTra
 def test_a_directory_has_experts_too(files: dict[str, Path], dense: PreTrainedModel, tmp_path: Path) -> None:
     folder = directory(files["F32"], dense, tmp_path / "dense")
     model = base(folder)
-    assert torch.equal(logits(model), logits(type(dense).from_pretrained(folder, attn_implementation="sdpa")))
+    loaded = type(dense).from_pretrained(folder, attn_implementation="sdpa")
+    # Norms are summed in another order.
+    torch.testing.assert_close(logits(model), logits(loaded), rtol=0, atol=1e-5)
     coverage = attach(model, LoRA(rank=2))
     assert coverage.formats["model.layers.0.mlp.experts.gate_up_proj"] == "float32"
     assert set(coverage.wrapped) == set(attach(base(files["F32"]), LoRA(rank=2)).wrapped)

@@ -21,6 +21,7 @@ from lorafit.errors import FormatError, ModelError
 from lorafit.formats import block_format
 from lorafit.models import keymap
 from lorafit.models.base import Base
+from lorafit.models.fuse import fuse
 from lorafit.models.problems import raise_problems
 from lorafit.models.quantizing import Importance
 from lorafit.models.skeleton import empty_model
@@ -74,7 +75,7 @@ def load_directory(
             tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         except Exception as error:
             raise ModelError(f"{path}: its tokenizer cannot be loaded: {_in_one_line(error)}") from error
-    model.requires_grad_(False).eval()
+    fuse(model.requires_grad_(False).eval())
     origin = _quantized_origin(fields)
     return Base(model, tokenizer, path, dtype, stamp, quantize=quantize, kept=kept, origin=origin)
 

@@ -16,6 +16,7 @@ from lorafit.formats import dequantize, finite
 from lorafit.models import keymap, rotary
 from lorafit.models.configuration import config_fields
 from lorafit.models.families import Family
+from lorafit.models.fuse import fuse
 from lorafit.models.longrope import settle_rotary
 from lorafit.models.problems import raise_problems
 from lorafit.modules import Experts, PackedEmbedding, PackedExperts, PackedLinear, PackedWeight
@@ -72,7 +73,7 @@ def model_from_gguf(file: GGUFFile, tokenizer: PreTrainedTokenizerBase, dtype: t
     settle_rotary(model, where)
     on_meta = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
     assert not on_meta, f"left without data: {on_meta}"
-    return model.requires_grad_(False).eval()
+    return fuse(model.requires_grad_(False).eval())
 
 
 def _rotary_factors(file: GGUFFile, family: Family) -> dict[str, Tensor]:

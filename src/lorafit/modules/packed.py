@@ -8,6 +8,7 @@ layer in memory.
 
 from __future__ import annotations
 
+import math
 import threading
 from typing import Any
 
@@ -23,15 +24,15 @@ FUSED_TOKENS = 4
 _scratch = threading.local()
 
 
-def scratch(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A reused buffer; what is written there is valid until the next call in this thread."""
+def scratch(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, use: str = "weight") -> Tensor:
+    """A reused buffer; what is written there is valid until the next call for the same use in this thread."""
     buffers = _scratch.__dict__.setdefault("buffers", {})
-    size = shape[0] * shape[1]
-    buffer = buffers.get((dtype, device))
+    size = math.prod(shape)
+    buffer = buffers.get((use, dtype, device))
     if buffer is None or buffer.numel() < size:
         # Inference tensors cannot be written to in training, so the buffer must not be born as one.
         with torch.inference_mode(False):
-            buffer = buffers[dtype, device] = torch.empty(size, dtype=dtype, device=device)
+            buffer = buffers[use, dtype, device] = torch.empty(size, dtype=dtype, device=device)
     return buffer[:size].view(shape)
 
 

@@ -32,6 +32,7 @@ from lorafit.config import QALoRA
 from lorafit.containers.mapped import release
 from lorafit.errors import AdapterError, FormatError
 from lorafit.formats import PROMOTED, block_format, promote, read_offsets
+from lorafit.kernels import step
 from lorafit.modules.adapter import AdapterModule
 from lorafit.modules.packed import FUSED_TOKENS, PackedLinear, PackedWeight
 
@@ -149,7 +150,7 @@ class _OffsetProduct(torch.autograd.Function):
         ctx: Any, x: Tensor, a: Tensor, b: Tensor, offsets: Tensor, scale: float, packed: PackedWeight, group: int
     ) -> Tensor:
         # The sums are all that the adapter's gradient needs of x, and 1/group of its size.
-        sums = x.reshape(-1, x.shape[-1] // group, group).sum(-1)
+        sums = _group_sums(x.reshape(-1, x.shape[-1]), group)
         ctx.save_for_backward(sums, a, b, offsets)
         ctx.packed, ctx.scale = packed, scale
         return x @ packed.dense(x.dtype, offsets).T
@@ -163,6 +164,11 @@ class _OffsetProduct(torch.autograd.Function):
         db = (dm @ a.T).mul_(ctx.scale)
         dx = grad @ ctx.packed.dense(grad.dtype, offsets) if ctx.needs_input_grad[0] else None
         return dx, da, db, None, None, None, None
+
+
+def _group_sums(x: Tensor, group: int) -> Tensor:
+    """Sums over each block: [tokens, in_dim] -> [tokens, in_dim / group]."""
+    return step.group_sums(x, group) if step.serves(x, group) else x.unflatten(1, (-1, group)).sum(-1)
 
 
 def _promoted(packed: PackedWeight) -> PackedWeight:

@@ -1,0 +1,110 @@
+"""A model of transformers with the element-wise work of its layers fused.
+
+Norms, gated products and attention are replaced, instance by instance, by objects of a subclass that share all state of
+the original: parameters keep their names, and whatever the fused code does not serve (another device or type, a padded
+batch, a cache) goes to the code of transformers as before.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lorafit.kernels import step
+from lorafit.modules import attention, fused
+
+# The activations that gated products have, by the name in a model's configuration.
+_ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu"}
+
+
+def fuse(model: PreTrainedModel) -> PreTrainedModel:
+    """Replace what can be replaced, in place; the model computes what it did, up to rounding."""
+    if not step.is_available():
+        return model
+    activation = getattr(model.config, "hidden_act", None) or getattr(model.config, "hidden_activation", None)
+    for name, module in list(model.named_modules()):
+        kind = type(module).__name__
+        if kind.endswith("RMSNorm"):
+            replaced = _as(module, _Norm)
+        elif kind.endswith("MLP") and hasattr(module, "gate_proj") and activation in _ACTIVATIONS:
+            replaced = _as(module, _GatedMLP)
+            replaced.gate_activation = _ACTIVATIONS[activation]
+        elif kind.endswith("Attention") and hasattr(module, "q_proj") and not _softcap(module):
+            replaced = _as(module, _Attention)
+        else:
+            continue
+        model.set_submodule(name, replaced)
+    return model
+
+
+def _softcap(module: nn.Module) -> Any:
+    return getattr(module, "attn_logit_softcapping", None)
+
+
+def _as(module: nn.Module, mixin: type) -> Any:
+    """The same module with other methods."""
+    original: Any = type(module)
+    replaced: Any = object.__new__(_subclass(original, mixin))
+    replaced.__dict__ = module.__dict__
+    return replaced
+
+
+@cache
+def _subclass(original: type, mixin: type) -> type:
+    return type(original.__name__, (mixin, original), {})
+
+
+class _Norm(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        weight: Any = self.weight
+        if weight.requires_grad or weight.dtype != x.dtype or not step.serves(x, x.shape[-1]):
+            return super().forward(x)
+        factors = weight.float()
+        if type(self).__name__.startswith("Gemma"):
+            factors = factors + 1.0
+        eps: Any = self.eps if hasattr(self, "eps") else self.variance_epsilon
+        return fused.norm(x, factors, eps)
+
+
+class _GatedMLP(nn.Module):
+    gate_activation: str
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_proj(x), self.up_proj(x)  # type: ignore[operator]
+        if not step.serves(gate, gate.shape[-1]):
+            return self.down_proj(self.act_fn(gate) * up)  # type: ignore[operator]
+        return self.down_proj(fused.gated(gate, up, self.gate_activation))  # type: ignore[operator]
+
+
+class _Attention(nn.Module):
+    def forward(self, hidden_states: Tensor, position_embeddings: Any = None, *rest: Any, **named: Any) -> Any:
+        lengths = named.get("document_lengths")
+        dim: Any = self.head_dim
+        scale: Any = self.scaling
+        angles = position_embeddings if getattr(self, "use_rope", True) else None
+        half = dim // 2 if angles is None else angles[0].shape[-1] // 2
+        if lengths is None or not step.serves(hidden_states, dim, half):
+            return super().forward(hidden_states, position_embeddings, *rest, **named)
+        q, k, v = (self.get_submodule(f"{name}_proj")(hidden_states)[0] for name in "qkv")
+        if hasattr(self, "q_norm"):
+            q, k = _normed(self.q_norm, q), _normed(self.k_norm, k)
+        if angles is not None:
+            angles = tuple(each[0].to(q.dtype).contiguous() for each in angles)
+        result = attention.attend(
+            q, k, v, angles, step.side_by_side(tuple(lengths)), dim=dim, scale=scale, window=_window(self)
+        )
+        return self.o_proj(result.unsqueeze(0)), None  # type: ignore[operator]
+
+
+def _normed(norm: Any, x: Tensor) -> Tensor:
+    """The norm of each head, or of all heads together: as wide as the norm is."""
+    return norm(x.unflatten(-1, (-1, norm.weight.numel()))).flatten(-2)
+
+
+def _window(module: Any) -> int | None:
+    return (
+        module.sliding_window if hasattr(module, "sliding_window") else getattr(module.config, "sliding_window", None)
+    )
