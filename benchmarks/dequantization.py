@@ -25,15 +25,15 @@ import lorafit  # noqa: F401  first, because it sets how OpenMP waits before tor
 import torch
 
 # isort: on
-from step import trainer
 from torch import Tensor
 
 from lorafit import kernels
-from lorafit.config import LoRA, QALoRA
 from lorafit.data.chat import Document
 from lorafit.data.packing import split_passes
 from lorafit.formats import FORMATS
 from lorafit.kernels import reference
+from lorafit.models.load import load
+from lorafit.training.speed import make_trainer
 
 SHAPES = [(1024, 1024), (256, 1024), (256, 1024), (1024, 1024), (2816, 1024), (2816, 1024), (1024, 2816)]
 MILLIONS = sum(rows * width for rows, width in SHAPES) / 1e6
@@ -147,7 +147,7 @@ def step_shares(model: str, rounds: int) -> dict[str, float]:
         spent[0] += time.perf_counter() - started
         return result
 
-    trainers = {"lora": trainer(model, LoRA()), "qalora": trainer(model, QALoRA())}
+    trainers = {method: make_trainer(load(model)[0], method) for method in ("lora", "qalora")}
     shares: dict[str, list[float]] = {method: [] for method in trainers}
     kernels.dequantize = timed
     try:

@@ -15,7 +15,7 @@ from lorafit.commands.console import Console
 from lorafit.config import TrainConfig, read_settings
 from lorafit.errors import ConfigError, MissingFileError
 
-COMMANDS = ("train", "preview", "evaluate", "generate", "chat", "merge", "pull")
+COMMANDS = ("train", "preview", "evaluate", "generate", "chat", "merge", "bench", "pull")
 HEAVY = ("torch", "transformers", "tokenizers", "llvmlite", "numpy", "matplotlib")
 
 
@@ -99,6 +99,7 @@ def test_every_setting_is_an_option() -> None:
         (["generate", "m", "p", "--max-tokens", "0"], "--max-tokens is 0"),
         (["generate", "m", "--bsae"], "unknown option --bsae"),
         (["generate", "m", " "], "the prompt is empty"),
+        (["bench", "m", "--rounds", "0"], "--rounds is 0"),
         (["pull", "smollm3"], "there is no embedded model 'smollm3'; the known names are: smollm2-135m"),
     ],
 )

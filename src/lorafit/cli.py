@@ -63,6 +63,7 @@ _COMMANDS = {
     "chat": "Talk with a model or a run.",
     "merge": "Write the tuned model as one file, with a certificate that it is the model that was trained.",
     "export": "Unpack a quantised model into a directory of safetensors that transformers loads.",
+    "bench": "Measure what this machine does with a model, and how close to its limit.",
     "pull": "Fetch an embedded model into the cache.",
 }
 
