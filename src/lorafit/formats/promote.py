@@ -35,7 +35,7 @@ PROMOTED = {"Q4_0": "Q4_1", "Q5_0": "Q5_1", "Q4_K": "Q4_1", "Q5_K": "Q5_1"}
 # Those of them whose weights stay the same to the last bit.
 EXACTLY_PROMOTED = frozenset(("Q4_0", "Q5_0"))
 
-_PIECE = 256  # K-quant blocks, 65,536 weights: what is unpacked of them stays small beside the tensor
+_PIECE = 1024  # K-quant blocks, 262,144 weights: what is unpacked of them stays small beside the tensor
 
 
 def promote(blocks: Tensor, name: str) -> tuple[Tensor, str]:
