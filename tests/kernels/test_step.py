@@ -65,6 +65,25 @@ def test_group_sums(dtype: torch.dtype, group: int) -> None:
     close(step.group_sums(x, group), x.double().unflatten(1, (-1, group)).sum(-1), least=10.0)
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("width", [16, 4096])
+def test_cross_entropy(dtype: torch.dtype, width: int) -> None:
+    logits = random(40, width, dtype=dtype, scale=6)
+    logits[0, 3] = 300.0  # sure of it
+    targets = torch.randint(width, (40,), generator=torch.Generator().manual_seed(1))
+    targets[0] = 3
+    exact = logits.double().requires_grad_()
+    expected = F.cross_entropy(exact, targets, reduction="none")
+    expected.sum().backward()
+    assert exact.grad is not None
+    found = step.cross_entropy_(logits, targets)
+    # The sum and the logarithm are in float32 whatever the logits are.
+    torch.testing.assert_close(found.double(), expected.detach(), rtol=2e-6, atol=2e-6)
+    close(logits, exact.grad)
+    with pytest.raises(IndexError, match=f"below {width}"):
+        step.cross_entropy_(logits, targets + width)
+
+
 def test_what_is_no_number_stays_none() -> None:
     x = random(3, 32, dtype=torch.float32)
     x[1, 7] = torch.nan
@@ -73,6 +92,8 @@ def test_what_is_no_number_stays_none() -> None:
         assert y.isnan().all(-1).tolist() == [False, True, False]
     for y in (step.gated(x, other, "silu"), step.gated(other, x, "gelu"), *step.gated_backward(other, x, x, "silu")):
         assert y.isnan().nonzero().tolist() == [[1, 7]]
+    losses = step.cross_entropy_(x.clone(), torch.tensor([5, 5, 5]))
+    assert losses.isnan().tolist() == [False, True, False]
     assert step.group_sums(x, 16).isnan().nonzero().tolist() == [[1, 0]]
     half = x.to(torch.bfloat16)
     assert step.gated(half, half, "silu").isnan().nonzero().tolist() == [[1, 7]]

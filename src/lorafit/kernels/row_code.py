@@ -119,8 +119,7 @@ def _group_sums(v: RowBuilder, row: ir.Value) -> None:
             return [v.fadd(sums[0], v.get(x, v.add(v.mul(g, per_group), i)))]
 
         total = v.sum(v.each(per_group, add, _ZERO)[0])
-        finished = v.to_bfloat16(total, tiny=True) if v.bfloat16 else total
-        v.write(v.extract_element(finished, I32(0)), v.place("sums", v.add(v.mul(row, groups), g)))
+        v.put_one(total, v.place("sums", v.add(v.mul(row, groups), g)))
         return []
 
     v.each(groups, group)
@@ -272,6 +271,33 @@ def _softmax_backward(v: RowBuilder, row: ir.Value) -> None:
     keys.clear(grads)
 
 
+def _cross_entropy(v: RowBuilder, row: ir.Value) -> None:
+    count, start = v.sdiv(v["width"], I64(LANES)), v.mul(row, v["width"])
+    logits = v.place("logits", start)
+    chosen = v.place("logits", v.add(start, v.read(I64, v.place("targets", row, 8))))
+    wanted = v.one(chosen)
+
+    def largest(i: ir.Value, found: Values) -> Values:
+        return [v.larger(found[0], v.get(logits, i))]
+
+    top = v.maximum(v.each(count, largest, constant(F32, float("-inf")))[0])
+
+    def add(i: ir.Value, sums: Values) -> Values:
+        return [v.fadd(sums[0], v.exp(v.fsub(v.get(logits, i), top)))]
+
+    total = v.sum(v.each(count, add, _ZERO)[0])
+    share = v.fdiv(_ONE, total)
+
+    def finish(i: ir.Value, _: Values) -> Values:
+        v.put(v.fmul(v.exp(v.fsub(v.get(logits, i), top)), share), logits, i)
+        return []
+
+    v.each(count, finish)
+    v.put_one(v.fsub(v.fmul(v.exp(v.fsub(wanted, top)), share), _ONE), chosen)
+    v.write(v.extract_element(total, I32(0)), v.place("totals", row, 4))
+    v.write(v.extract_element(v.fsub(top, wanted), I32(0)), v.place("gaps", row, 4))
+
+
 _HEADS = ("tokens", "cos", "sin", "starts", "lengths", "padded", "heads", "dim", "half", "places")
 _SCORES = ("lengths", "per_document", "queries", "first_query", "keys", "first_key", "window", "scale")
 _ACTIVATIONS = {"silu": _silu, "gelu": _gelu}
@@ -288,6 +314,7 @@ GATED_BACKWARD = {
     )
     for name, activation in _ACTIVATIONS.items()
 }
+CROSS_ENTROPY = RowOperation("cross_entropy", ("logits", "targets", "width", "totals", "gaps"), _cross_entropy)
 GROUP_SUMS = RowOperation("group_sums", ("x", "groups", "group", "sums"), _group_sums)
 PACK = RowOperation("pack_heads", _HEADS, _pack)
 UNPACK = RowOperation("unpack_heads", _HEADS, _unpack)

@@ -60,6 +60,18 @@ class RowBuilder(VectorBuilder):
         finished = self.to_bfloat16(values, tiny=True) if self.bfloat16 else values
         self.write(finished, self._behind(place, vectors))
 
+    def one(self, place: ir.Value) -> ir.Value:
+        """One element as float32, in all lanes."""
+        if not self.bfloat16:
+            return self.splat(self.read(F32, place))
+        bits = self.shl(self.zext(self.read(I16, place), I32), I32(16))
+        return self.splat(self.bitcast(bits, F32))
+
+    def put_one(self, values: ir.Value, place: ir.Value) -> None:
+        """Round the first lane to the type of the tensors and store it."""
+        finished = self.to_bfloat16(values, tiny=True) if self.bfloat16 else values
+        self.write(self.extract_element(finished, I32(0)), place)
+
     def _behind(self, place: ir.Value, vectors: ir.Value | int) -> ir.Value:
         width = LANES * (2 if self.bfloat16 else 4)
         return self.at(place, vectors * width if isinstance(vectors, int) else self.mul(vectors, I64(width)))

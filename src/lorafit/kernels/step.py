@@ -83,6 +83,27 @@ def group_sums(x: Tensor, group: int) -> Tensor:
     return sums
 
 
+def cross_entropy_(logits: Tensor, targets: Tensor) -> Tensor:
+    """Negative log-likelihood of the targets, and its gradient in place of the logits.
+
+    Args:
+        logits: [rows, vocabulary]; becomes softmax(logits) minus one-hot(target).
+        targets: int64 [rows].
+
+    Returns:
+        float32 [rows].
+
+    Raises:
+        IndexError: A target is none of the vocabulary.
+    """
+    rows, width = logits.shape
+    if rows and not 0 <= int(targets.min()) <= int(targets.max()) < width:
+        raise IndexError(f"targets must be below {width}, the size of the vocabulary")
+    totals, gaps = torch.empty(rows), torch.empty(rows)
+    row_code.CROSS_ENTROPY(rows, width, logits.dtype, logits, targets.contiguous(), width, totals, gaps)
+    return totals.log() + gaps
+
+
 @dataclass(frozen=True)
 class Documents:
     """Documents of like length, side by side.
