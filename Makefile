@@ -2,8 +2,9 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 WANTED := $(shell cat pyproject.toml constraints.txt | cksum | cut -d ' ' -f 1)
+PEERS := $(shell cksum < benchmarks/peers/requirements.txt | cut -d ' ' -f 1)
 
-.PHONY: demo test check format install install-dev clean
+.PHONY: demo test check format bench install install-dev clean
 .DEFAULT_GOAL := test
 
 demo: install
@@ -21,7 +22,9 @@ format: install-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-install: $(STAMP)
+# Against TRL and PEFT, in an environment of their own. E2E names a file of rows to measure on besides long made-up ones.
+bench: install .venv-peers/installed-$(PEERS)
+	$(BIN)/python benchmarks/peers/run.py --peers-python .venv-peers/bin/python $(if $(E2E),--e2e $(E2E))
 
 # A stamp is named after what was asked for, so that a checkout of another version installs anew and time stamps do not
 # matter. What only tests need (a gigabyte of it) is not asked of those who use lorafit.
@@ -35,5 +38,10 @@ install-dev: .venv/installed-dev-$(WANTED)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[$(EXTRAS)]'
 	touch $@
 
+.venv-peers/installed-%:
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/python -m pip install --quiet --requirement benchmarks/peers/requirements.txt
+	touch $@
+
 clean:
-	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-peers build dist .mypy_cache .pytest_cache .ruff_cache

@@ -1,0 +1,187 @@
+"""lorafit against TRL + PEFT on this machine: throughput, memory, time to the first step, and the same loss.
+
+    python benchmarks/peers/run.py --peers-python .venv-peers/bin/python [--e2e FILE] [--rounds 2] [--steps 5]
+
+Each measurement is a process of its own, and the tools take turns (A B C D A B C D), so that ratios hold on a machine
+whose speed drifts. In a round all of them train on the same batches in the same order; another round has other rows.
+SmolLM2-135M, LoRA of rank 16 on all linear layers, 8 documents a step, on documents of 200 to 1,000 tokens ("long",
+made up) and on rows from a file ("e2e"). ``--output`` gets everything measured (results.json), the table and a figure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import report
+from measuring import WARM_UP, read_plan
+
+HERE = Path(__file__).resolve().parent
+MODEL = "smollm2-135m"
+PRODUCTS = HERE.parents[1] / "examples" / "products" / "train.jsonl"
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way to train.
+
+    Attributes:
+        name: What it is called in results.
+        packed: Whether its base is the packed file, and not the same weights in bf16.
+        method: lorafit's method; None for TRL.
+    """
+
+    name: str
+    packed: bool
+    method: str | None
+
+
+CONTENDERS = [
+    Contender("TRL + PEFT", False, None),
+    Contender("LoRA", False, "lora"),
+    Contender("LoRA, packed", True, "lora"),
+    Contender("QA-LoRA", True, "qalora"),
+]
+
+
+class Runner:
+    """Starts measurements.
+
+    Args:
+        peers_python: Interpreter of the environment that has TRL.
+        folder: Where plans and results of single measurements go.
+        dense: The model in bf16, as a directory.
+    """
+
+    def __init__(self, peers_python: str, folder: Path, dense: Path) -> None:
+        self.peers_python = peers_python
+        self.folder = folder
+        self.dense = dense
+
+    def measure(self, contender: Contender, plan: Path, precision: str = "bf16") -> dict[str, Any]:
+        """One measurement, in a process of its own."""
+        result = self.folder / "result.json"
+        model = MODEL if contender.packed else str(self.dense)
+        arguments = [str(plan), str(result), model, precision]
+        if contender.method:
+            run([sys.executable, str(HERE / "with_lorafit.py"), *arguments, contender.method])
+        else:
+            run([self.peers_python, str(HERE / "with_trl.py"), *arguments])
+        figures: dict[str, Any] = json.loads(result.read_text())
+        result.unlink()
+        expected = [sum(len(document["tokens"]) for document in step) for step in read_plan(plan)]
+        assert figures["tokens"] == expected, f"{contender.name} did not train on the rows of the plan, step by step"
+        return figures
+
+    def plan(self, name: str, steps: int, seed: int, data: Path | None) -> Path:
+        """Draw rows."""
+        path = self.folder / f"{name}-{seed}.json"
+        command = [sys.executable, str(HERE / "rows.py"), str(path), MODEL, str(steps), str(seed)]
+        run([*command, str(data)] if data else command)
+        return path
+
+    def shortest_step(self, plan: Path) -> Path:
+        """A plan of one step, the one with the fewest tokens."""
+        step = min(read_plan(plan), key=lambda rows: sum(len(row["tokens"]) for row in rows))
+        path = self.folder / "shortest.json"
+        path.write_text(json.dumps([step]))
+        return path
+
+    def seconds_to_first_step(self, data: Path) -> float:
+        """From the command to the first line in ``metrics.jsonl``, which is written when the optimiser has stepped."""
+        output = self.folder / "first"
+        command = [sys.executable, "-m", "lorafit", "train", MODEL, str(data), "--steps", "1", "--no-eval"]
+        metrics = output / "metrics.jsonl"
+        started = time.perf_counter()
+        with subprocess.Popen([*command, "--output", str(output), "--overwrite"], stdout=subprocess.DEVNULL) as process:
+            while process.poll() is None and not (metrics.exists() and '"loss"' in metrics.read_text()):
+                time.sleep(0.01)
+            seconds = time.perf_counter() - started
+        assert process.returncode == 0
+        metrics.unlink()
+        return seconds
+
+
+def main() -> None:
+    """Measure, and write what came out."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peers-python", required=True, help="interpreter of an environment with requirements.txt")
+    parser.add_argument("--e2e", type=Path, help="rows of {'messages': ...}; without it only long rows are measured")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=5, help=f"steps of a measurement, after {WARM_UP} for warm-up")
+    parser.add_argument("--output", type=Path, default=Path("runs/peers"))
+    options = parser.parse_args()
+    options.output.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        results = measure_all(options, Path(folder))
+    (options.output / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    table = report.table(results)
+    (options.output / "table.md").write_text(table)
+    report.figure(results, options.output / "figure.png")
+    print(f"\n{table}\n{options.output}/: results.json, table.md, figure.png")
+
+
+def measure_all(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """All rounds."""
+    dense = folder / "dense"
+    run([sys.executable, "-m", "lorafit", "export", MODEL, str(dense), "--format", "safetensors", "--dtype", "bf16"])
+    runner = Runner(options.peers_python, folder, dense)
+    sets = {"e2e": options.e2e, "long": None} if options.e2e else {"long": None}
+    measured: list[dict[str, Any]] = []
+    first_steps: list[float] = []
+    check: dict[str, float] = {}
+    for round_ in range(options.rounds):
+        for name, data in sets.items():
+            plan = runner.plan(name, WARM_UP + options.steps, round_, data)
+            if not check:
+                alone = runner.shortest_step(plan)
+                check = {c.name: runner.measure(c, alone, "fp32")["losses"][0] for c in CONTENDERS[:2]}
+                print(f"loss of a first step in fp32: {check}", flush=True)
+            for contender in CONTENDERS:
+                figures = runner.measure(contender, plan)
+                measured.append({"round": round_, "set": name, "contender": contender.name, **figures})
+                rate = report.tokens_per_second([measured[-1]])
+                peak = figures["peak_bytes"] / 1e9
+                print(f"{round_ + 1} {name:<5} {contender.name:<13} {rate:7.0f} tokens/s {peak:6.2f} GB", flush=True)
+        first_steps.append(runner.seconds_to_first_step(options.e2e or PRODUCTS))
+    peers = [line for line in (HERE / "requirements.txt").read_text().splitlines() if not line.startswith("#")]
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": {"processor": processor(), "cores": os.cpu_count(), "system": platform.system()},
+        "versions": {"lorafit": version("lorafit"), "torch": version("torch"), "peers": peers},
+        "rounds": options.rounds,
+        "steps": options.steps,
+        "warm_up": WARM_UP,
+        "loss_of_first_step_in_fp32": check,
+        "seconds_to_first_step": first_steps,
+        "measured": measured,
+    }
+
+
+def run(command: list[str]) -> None:
+    """Run a process to its end; of one that fails, show what it said."""
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    if process.returncode:
+        sys.exit(f"{process.stdout}{process.stderr}\nfailed with {process.returncode}: {' '.join(command)}")
+
+
+def processor() -> str:
+    """What the machine computes with."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+if __name__ == "__main__":
+    main()
