@@ -57,6 +57,10 @@ def frozen_work(model: PreTrainedModel) -> FrozenWork:
             decoder += module.in_features * module.out_features
         elif isinstance(module, ExpertStack):
             decoder += module.in_features * module.out_features * model.config.num_experts_per_tok
+        else:
+            # Experts that nothing is attached to are one tensor [experts, out_dim, in_dim].
+            stacks = [parameter for parameter in module.parameters(recurse=False) if parameter.ndim == 3]
+            decoder += sum(stack[0].numel() * model.config.num_experts_per_tok for stack in stacks)
     return FrozenWork(decoder, model.config.vocab_size * model.config.hidden_size)
 
 
