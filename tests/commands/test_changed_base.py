@@ -1,4 +1,6 @@
-"""A base that somebody writes to while it is in use: no checkpoint, no adapter and no merged file comes of it."""
+"""A base that somebody writes to while it is in use: no checkpoint, no adapter and no merged file comes of it.
+
+Nor is an adapter used beside another base than its own."""
 
 import os
 from dataclasses import replace
@@ -6,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
+import lorafit
 from lorafit import merging
 from lorafit.commands.console import Console
 from lorafit.commands.train import train
 from lorafit.config import TrainConfig
-from lorafit.errors import ModelError
+from lorafit.errors import AdapterError, ModelError
 from tests.commands.conftest import ROWS
 from tests.merging.runs import write_run
 from tests.oracles.tiny_gguf import write_tiny_llama
@@ -63,3 +66,19 @@ def test_nothing_is_merged_into_it(config: TrainConfig, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="changed after it was loaded"):
         merging.apply(plan, tmp_path / "out.gguf")
     assert not (tmp_path / "out.gguf").exists()
+
+
+@pytest.mark.parametrize("other", ["merged", "another"])
+def test_a_run_is_not_loaded_beside_another_base(tmp_path: Path, other: str) -> None:
+    """A merged file in the place of the base is one to which the adapter would be added twice."""
+    base = tmp_path / "tiny.gguf"
+    write_tiny_llama(base, layers=1, context=128)
+    run = write_run(tmp_path / "run", base)
+    lorafit.load(run)
+    if other == "merged":
+        lorafit.merge(str(run), str(tmp_path / "merged.gguf"))
+        (tmp_path / "merged.gguf").replace(base)
+    else:
+        write_tiny_llama(base, layers=1, context=128, seed=1)
+    with pytest.raises(AdapterError, match=r"tiny\.gguf is not what .*run was trained on .*put the original back"):
+        lorafit.load(run)

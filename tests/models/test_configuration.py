@@ -197,6 +197,7 @@ def test_settings_without_effect_are_let_through(tmp_path: Path, family: str, ke
         ("qwen3", {"rope.scaling.type": "longrope"}, "rotary scaling 'longrope' is not supported"),
         ("qwen3", {"rope.scaling.type": "yarn", "rope.scaling.yarn_beta_fast": 8.0}, "yarn_beta_fast = 8.0 is not"),
         ("phi3", {"rope.scaling.type": "yarn", "rope.scaling.factor": 2.0}, "rotary scaling 'yarn' is not supported"),
+        ("qwen3moe", {"expert_used_count": 6}, "each token is to go to 6 experts, but there are 5"),
         ("phi3", {"rope.scaling.factor": 2.0}, "rotary scaling 'linear' is not supported"),
     ],
 )

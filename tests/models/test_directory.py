@@ -62,6 +62,11 @@ def edit_weights(change: Callable[[dict[str, Tensor]], object]) -> Callable[[Pat
     return edit
 
 
+def put(value: float, name: str) -> Callable[[dict[str, Tensor]], object]:
+    """Put a number into the middle of a weight."""
+    return lambda weights: weights[name].view(-1)[weights[name].numel() // 2].fill_(value)
+
+
 def cut_weights(length: int) -> Callable[[Path], None]:
     def edit(path: Path) -> None:
         content = (path / "model.safetensors").read_bytes()
@@ -148,6 +153,11 @@ DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
         (edit_config(tie_word_embeddings=False), "lm_head.weight is missing"),
         (lambda path: (path / "model.safetensors").unlink(), "holds no .safetensors file"),
         (lambda path: (path / "model.safetensors").rename(path / "other.safetensors"), "cannot be loaded: .*named"),
+        (
+            edit_weights(put(torch.nan, "model.layers.1.mlp.up_proj.weight")),
+            "up_proj.weight holds numbers that are not f",
+        ),
+        (edit_weights(put(-torch.inf, "model.norm.weight")), "model.norm.weight holds numbers that are not finite"),
         (cut_weights(0), "cannot be loaded: .*header"),
         (cut_weights(1000), "cannot be loaded: .*header"),
         (cut_weights(-1), "cannot be loaded: "),

@@ -143,6 +143,19 @@ def test_a_width_that_is_not_whole_blocks_stays_as_it_is_and_is_named(tmp_path: 
     assert torch.isfinite(logits(base.model)).all()
 
 
+@pytest.mark.parametrize("kind", ["directory", "gguf"])
+def test_a_quantisation_that_fits_no_layer_is_refused(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "model"
+    if kind == "directory":
+        write_tiny_directory(path, hidden_size=80, intermediate_size=112)
+    else:
+        write_tiny_llama(path, hidden=96, intermediate=96, format="F16", embedding_format="F16")
+    with pytest.raises(
+        ConfigError, match=r"--quantize nf4 has no effect on .*model.layers.0.self_attn.q_proj: its rows"
+    ):
+        load_base(path, quantize="nf4")
+
+
 def test_bits_per_parameter_are_measured(tmp_path: Path) -> None:
     """Of double-quantised blocks 4.125 bits, a scale for 256 of them, and a mean for each tensor; of Q4_1 5 bits."""
     dense = write_tiny_directory(tmp_path / "model", hidden_size=512, intermediate_size=1024, num_hidden_layers=1)
@@ -161,11 +174,13 @@ def test_bits_per_parameter_are_measured(tmp_path: Path) -> None:
     assert (size.bits_per_parameter, size.quantized_bits_per_parameter) == (16.0, None)
 
 
-def test_a_full_precision_gguf_is_quantised_too(tmp_path: Path) -> None:
-    tiny = write_tiny_llama(tmp_path / "half.gguf", format="F16", embedding_format="F16")
+@pytest.mark.parametrize("embedding", ["F16", "Q4_0"])
+def test_a_full_precision_gguf_is_quantised_too(tmp_path: Path, embedding: str) -> None:
+    """Whatever its embedding and its head, which stay as they are, lie in."""
+    tiny = write_tiny_llama(tmp_path / "half.gguf", format="F16", embedding_format=embedding)
     base = load_base(tiny.path, compute="fp32", quantize="q8_0")
     layers = packed_layers(base.model)
-    assert layers["lm_head"].packed.format_name == "F16"
+    assert layers["lm_head"].packed.format_name == embedding
     for name, layer in layers.items():
         if name != "lm_head":
             expected = rounded(torch.from_numpy(tiny.weights[f"{name}.weight"]), "q8_0")
@@ -197,6 +212,7 @@ UP = "model.layers.1.mlp.up_proj.weight"
     ("name", "value", "message"),
     [
         (UP, torch.full((192, 128), torch.nan), f"{UP}: some weights are NaN or infinite"),
+        ("model.norm.weight", torch.full((128,), torch.inf), "model.norm.weight holds numbers that are not finite"),
         (UP, torch.full((192, 128), 1e30), f"{UP}: its weights of up to 1e\\+30 are too large for Q8_0"),
         (UP, torch.ones(192, 64), rf"{UP} has the shape \[192, 64\], not \[192, 128\]"),
         (UP, None, f"{UP} is missing"),

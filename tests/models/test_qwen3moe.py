@@ -301,6 +301,14 @@ def test_a_directory_with_layers_without_experts_is_refused(
         load_base(folder)
 
 
+def test_a_directory_whose_router_chooses_more_experts_than_there_are(files: dict[str, Path], tmp_path: Path) -> None:
+    folder = directory(files["F32"], random_model("qwen3moe", num_experts_per_tok=EXPERTS + 1), tmp_path / "dense")
+    with pytest.raises(
+        ModelError, match=f"dense: each token is to go to {EXPERTS + 1} experts, but there are {EXPERTS}"
+    ):
+        load_base(folder)
+
+
 def directory(path: Path, dense: PreTrainedModel, folder: Path) -> Path:
     dense.save_pretrained(folder)
     load_base(path).tokenizer.save_pretrained(folder)

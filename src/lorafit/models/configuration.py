@@ -46,8 +46,24 @@ def config_fields(values: Mapping[str, Any], where: str, factors: Mapping[str, T
     experts = metadata.raw("expert_count")
     if "num_experts" not in fields and not (experts is None or (isinstance(experts, int) and experts == 0)):
         raise ModelError(f"{where}: mixture-of-experts models of the {family.architecture} family are not supported")
+    check_experts(fields.get("num_experts_per_tok", 0), fields.get("num_experts", 0), where)
     metadata.check_rest(family.switches)
     return fields
+
+
+def check_experts(chosen: int, experts: int, where: str) -> None:
+    """Refuse a mixture whose router is to choose more experts than there are.
+
+    Args:
+        chosen: To how many experts each token goes; 0 without experts.
+        experts: How many there are.
+        where: What the message starts with.
+
+    Raises:
+        ModelError: It is.
+    """
+    if chosen > experts:
+        raise ModelError(f"{where}: each token is to go to {chosen} experts, but there are {experts}")
 
 
 def _number(metadata: Metadata, entry: Entry, fields: Mapping[str, Any]) -> Any:

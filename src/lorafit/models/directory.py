@@ -21,6 +21,7 @@ from lorafit.errors import FormatError, ModelError
 from lorafit.formats import block_format
 from lorafit.models import keymap
 from lorafit.models.base import Base
+from lorafit.models.configuration import check_experts
 from lorafit.models.fuse import fuse
 from lorafit.models.problems import raise_problems
 from lorafit.models.quantizing import Importance
@@ -75,6 +76,9 @@ def load_directory(
             tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         except Exception as error:
             raise ModelError(f"{path}: its tokenizer cannot be loaded: {_in_one_line(error)}") from error
+    config = model.config
+    check_experts(getattr(config, "num_experts_per_tok", 0), getattr(config, "num_experts", 0), str(path))
+    _check_finite(path, model)
     fuse(model.requires_grad_(False).eval())
     origin = _quantized_origin(fields)
     return Base(model, tokenizer, path, dtype, stamp, quantize=quantize, kept=kept, origin=origin)
@@ -172,6 +176,14 @@ def _quiet_transformers() -> Iterator[None]:
 
 def _in_one_line(error: Exception) -> str:
     return textwrap.shorten(f"{type(error).__name__}: {error}", 300)
+
+
+def _check_finite(path: Path, model: PreTrainedModel) -> None:
+    """Refuse numbers that are not finite, as of a GGUF file: what a damaged one does would be seen late or never."""
+    for name, parameter in model.named_parameters():
+        # The extremes need no memory, and one that is not a number is an extreme.
+        if not all(extreme.isfinite() for extreme in parameter.aminmax()):
+            raise ModelError(f"{path}: {name} holds numbers that are not finite; fetch the model again")
 
 
 def _check_report(path: Path, report: dict[str, Any]) -> None:

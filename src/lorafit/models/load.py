@@ -10,9 +10,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lorafit.adapters import load_adapter, read_record
 from lorafit.config import Compute, Quantize
+from lorafit.containers.atomic import fingerprint
 from lorafit.containers.gguf import GGUFFile
 from lorafit.containers.stamp import take_stamp
-from lorafit.errors import ConfigError, MissingFileError, ModelError
+from lorafit.errors import AdapterError, ConfigError, MissingFileError, ModelError
 from lorafit.formats import block_format
 from lorafit.models import directory, keymap
 from lorafit.models.base import Base
@@ -21,6 +22,7 @@ from lorafit.models.longrope import settle_rotary
 from lorafit.models.pull import EMBEDDED, pull
 from lorafit.models.quantizing import BLOCK_FORMATS, Importance, quantize_model
 from lorafit.models.tokenizer import tokenizer_from_gguf
+from lorafit.modules import PackedWeight
 
 
 def load(
@@ -42,7 +44,7 @@ def load(
         MissingFileError: Nothing is there, or the base of the run has gone.
         ContainerError: The file is broken.
         ModelError: The architecture or a tensor is not one that lorafit can use.
-        AdapterError: The adapter does not fit its base.
+        AdapterError: The adapter does not fit its base, or another base lies where its own was.
     """
     adapter = Path(model) / "adapter"
     if not adapter.is_dir():
@@ -52,6 +54,11 @@ def load(
         raise ConfigError(f"{model} is a run, which says itself how its base is quantised; leave quantize out")
     record = read_record(adapter)
     base = load_base(record.base, compute=compute, quantize=record.quantize, importance=record.importance)
+    if record.base_sha256 and fingerprint(base.path) != record.base_sha256:
+        raise AdapterError(
+            f"{base.path} is not what {model} was trained on (its SHA-256 is another): it was changed or replaced; put "
+            "the original back, or train anew"
+        )
     load_adapter(base.model, adapter)
     return base.model, base.tokenizer
 
@@ -77,6 +84,7 @@ def load_base(
         MissingFileError: Nothing is there.
         ContainerError: The file is broken.
         ModelError: The architecture or a tensor is not one that lorafit can use.
+        ConfigError: ``quantize`` fits no layer.
     """
     if quantize is not None and quantize not in BLOCK_FORMATS:
         raise ConfigError(f"quantize is {quantize!r}, but must be one of {', '.join(BLOCK_FORMATS)}")
@@ -86,6 +94,7 @@ def load_base(
     if path.is_dir():
         base = directory.load_directory(path, dtype, quantize, importance)
         settle_rotary(base.model, str(path))
+        _check_effect(base)
         return base
     stamp = take_stamp(path)
     file = GGUFFile.open(path)
@@ -100,7 +109,22 @@ def load_base(
     base = Base(model_from_gguf(file, tokenizer, dtype), tokenizer, path, dtype, stamp, licence)
     if quantize is None:
         return base
-    return replace(base, quantize=quantize, kept=quantize_model(base.model, quantize, path, importance))
+    base = replace(base, quantize=quantize, kept=quantize_model(base.model, quantize, path, importance))
+    _check_effect(base)
+    return base
+
+
+def _check_effect(base: Base) -> None:
+    """Refuse a quantisation that left every layer as it was."""
+    if base.quantize is None:
+        return
+    wanted = BLOCK_FORMATS[base.quantize]
+    if not any(isinstance(part, PackedWeight) and part.format_name == wanted for part in base.model.modules()):
+        name, why = next(iter(base.kept.items()))
+        raise ConfigError(
+            f"--quantize {base.quantize} has no effect on {base.path}, of which no layer can be quantised so ({name}: "
+            f"{why}); leave it out, or choose one that fits"
+        )
 
 
 def is_full_precision(model: str | Path) -> bool:
@@ -116,7 +140,9 @@ def is_full_precision(model: str | Path) -> bool:
 
 
 def _is_full_precision(file: GGUFFile) -> bool:
-    return all(block_format(info.format).elements == 1 for info in file.tensors.values() if len(info.shape) > 1)
+    """Told by its layers: the embedding and the head, which stay as they are, may be quantised."""
+    matrices = (info for info in file.tensors.values() if info.name.startswith("blk.") and len(info.shape) > 1)
+    return all(block_format(info.format).elements == 1 for info in matrices)
 
 
 def compute_dtype(compute: Compute) -> torch.dtype:

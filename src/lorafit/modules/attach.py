@@ -20,7 +20,7 @@ from lorafit.modules.qalora import QALoRALinear, has_offsets
 
 _QALORA_NEEDS = (
     "QA-LoRA trains the offsets of packed blocks, which Q4_1 and Q5_1 have and Q4_0, Q5_0, Q4_K and Q5_K can be given; "
-    "use --method lora here"
+    "use --method lora here, or quantise a full-precision base while it is loaded (--quantize q4_1)"
 )
 
 
