@@ -17,7 +17,8 @@ from lorafit.errors import ConfigError, MissingFileError
 Method = Literal["lora", "qalora", "qlora"]
 Quantize = Literal["nf4", "fp4", "q4_1", "q5_1", "q8_0"]
 Compute = Literal["auto", "bf16", "fp32"]
-Memory = Literal["high", "lowest"]
+MemoryLevel = Literal["high", "low", "lowest"]
+Memory = Literal["auto", MemoryLevel]
 Scaling = Literal["standard", "rslora", "plain"]
 FrozenTensors = Literal["frozen", "lora"]
 Requantize = Literal["q8_0", "q5_1", "q4_1", "q5_0", "q4_0", "bf16", "f16", "f32", "keep"]
@@ -150,8 +151,8 @@ class TrainConfig:
         no_eval: Train on everything and measure nothing.
         eval_every: Steps between evaluations; 0 evaluates before and after only.
         checkpoint_every: Steps between checkpoints; 0 saves at the end only.
-        memory: What a step keeps for its backward pass: ``high`` everything, ``lowest`` each layer's input only, for
-            long rows and large models, at about a third more time.
+        memory: What a step keeps for its backward pass: ``high`` everything, ``low`` of every second layer its input
+            only, ``lowest`` of every layer, at about a third more time; ``auto`` the most that fits into what is free.
         compute: Arithmetic: ``bf16``, ``fp32``, or ``auto`` for bf16 where the processor has it.
         samples: Held-out rows that base and tuned model answer side by side in the report.
         overwrite: Replace the output directory if it exists.
@@ -187,7 +188,7 @@ class TrainConfig:
     no_eval: bool = False
     eval_every: int = 0
     checkpoint_every: int = 0
-    memory: Memory = "high"
+    memory: Memory = "auto"
     compute: Compute = "auto"
     samples: int = 3
     overwrite: bool = False

@@ -308,6 +308,26 @@ def test_steps_with_a_budget_of_tokens(config: TrainConfig, tmp_path: Path, caps
     assert metrics(run) == metrics(whole.output)
 
 
+def test_a_run_says_what_it_keeps_in_memory_and_goes_on_with_less(
+    config: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = replace(config, output=str(tmp_path / "whole"))
+    summary = train(whole)
+    assert (summary.memory.level, summary.memory.automatic) == ("high", True)
+    assert summary.memory.tokens == max(line["tokens"] for line in metrics(whole.output) if "loss" in line)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, console=Interrupting("training 1/"))
+    assert read_settings(f"{config.output}/config.yaml")["memory"] == "auto"
+    capsys.readouterr()
+    assert main(["train", "--resume", str(config.output), "--memory", "lowest"]) == 0
+    assert "lowest: as asked; a pass of " in " ".join(capsys.readouterr().out.split())
+    kept = json.loads(Path(f"{config.output}/summary.json").read_text())["memory"]
+    assert (kept["level"], kept["automatic"]) == ("lowest", False)
+    assert kept["step_bytes"]["high"] > kept["step_bytes"]["lowest"]
+    assert f"--memory lowest: {kept['reason']}" in Path(f"{config.output}/report.md").read_text()
+    assert bits(config.output) == bits(whole.output)
+
+
 def test_a_run_stopped_before_its_first_checkpoint_says_so(config: TrainConfig) -> None:
     console = Interrupting("training 1/6", times=2)
     with pytest.raises(KeyboardInterrupt):

@@ -12,6 +12,7 @@ from lorafit.evaluation.loss import Metrics
 from lorafit.modules import Coverage
 from lorafit.modules.size import Size
 from lorafit.training import report
+from lorafit.training.level import ChosenLevel
 from lorafit.training.summary import Sample, Summary
 
 
@@ -20,7 +21,9 @@ def summary(**changes: object) -> Summary:
     values = {
         "output": "runs/x", "model": "models/my model.gguf", "base_sha256": "abc123", "licence": "apache-2.0",
         "method": "qalora", "trainable_parameters": 1234, "total_parameters": 56789, "steps": 7, "tokens": 9000,
-        "trained_tokens": 3000, "seconds": 4.5, "peak_rss_bytes": 2_340_000_000, "compute": "bfloat16",
+        "trained_tokens": 3000, "seconds": 4.5, "peak_rss_bytes": 2_340_000_000,
+        "memory": ChosenLevel("low", True, 900, {"high": 9, "low": 5, "lowest": 2}, 8, "5 B fit"),
+        "compute": "bfloat16",
         "eval_before": Metrics(2.5, math.exp(2.5), 0.25, 400), "eval_after": Metrics(1.25, math.exp(1.25), 0.5, 400),
         "size": Size(12_345_678, 5.678, 4.127), "quantize": None, "kept": {},
         "second_quantization": None,
@@ -41,7 +44,7 @@ def test_the_report_has_the_figures(tmp_path: Path) -> None:
         "1,234 parameters in 2 layers are trained.",
         "Left frozen: `layers.0.odd`, `layers.1.odd`, `layers.2.odd` and 2 more: Q8_0 has no block offsets.",
         "- 7 steps, 9,000 tokens (3,000 of them trained), 4 s, 2,000 tokens/s in bfloat16",
-        "- peak resident memory 2.34 GB",
+        "- peak resident memory 2.34 GB; --memory low: 5 B fit",
         "- 12.3 MB, 5.678 bits per parameter; 4.127 in the quantised tensors",
         # Two lines of one answer, whose tag Markdown would swallow.
         "> \\<|im_start|>base\n> says",

@@ -49,6 +49,7 @@ def encoded(config: TrainConfig, base: Base) -> Data:
     [
         ({"method": "dora"}, "--method is dora, but must be one of lora, qalora"),
         ({"scaling": "half"}, "--scaling is half, but must be one of standard, rslora, plain"),
+        ({"memory": "medium"}, "--memory is medium, but must be one of auto, high, low, lowest"),
         ({"decay": "fast"}, "--decay is fast, but must be one of cosine, linear, constant"),
         ({"compute": "fp16"}, "--compute is fp16, but must be one of auto, bf16, fp32"),
         ({"rank": 0}, "rank is 0, but must be at least 1"),

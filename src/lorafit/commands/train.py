@@ -68,7 +68,7 @@ def estimate(config: TrainConfig, *, console: Console | None = None) -> Estimate
     console = console or Console(quiet=True)
     run = Run.prepare(config, resume=False, say=console.print)
     _introduce(run, console)
-    cost = estimate(run.trainer, run.data.training, run.size, run.coverage)
+    cost = estimate(run.trainer, run.data.training, run.memory, run.size, run.coverage)
     memory = cost.peak_rss_bytes
     console.fields(
         "Dry run; nothing was written",
@@ -100,6 +100,7 @@ def _introduce(run: Run, console: Console) -> None:
             "data": data,
             "method": f"{config.method}, rank {config.rank}, learning rate {config.learning_rate:g}",
             "compute": str(run.base.compute).removeprefix("torch."),
+            "memory": f"{run.memory.level}: {run.memory.reason}",
             "run": f"{_count(run.last_step, 'step')} of {_step_size(config)} -> {config.output}",
         },
     )

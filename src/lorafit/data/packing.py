@@ -59,18 +59,23 @@ def pack(documents: Sequence[Document]) -> Batch:
 
 def split_passes(documents: Iterable[Document], pass_tokens: int) -> list[Batch]:
     """Pack documents, in order, into batches of at most ``pass_tokens`` tokens; a longer one is alone in its batch."""
-    batches: list[Batch] = []
+    return [pack(each) for each in group_passes(documents, pass_tokens)]
+
+
+def group_passes(documents: Iterable[Document], pass_tokens: int) -> list[list[Document]]:
+    """The documents of each of these batches."""
+    passes: list[list[Document]] = []
     waiting: list[Document] = []
     total = 0
     for document in documents:
         if waiting and total + len(document.tokens) > pass_tokens:
-            batches.append(pack(waiting))
+            passes.append(waiting)
             waiting, total = [], 0
         waiting.append(document)
         total += len(document.tokens)
     if waiting:
-        batches.append(pack(waiting))
-    return batches
+        passes.append(waiting)
+    return passes
 
 
 def hold_out(examples: Sequence[Example]) -> tuple[list[Example], list[Example]]:

@@ -36,6 +36,9 @@ _PARTS = (
 # Settings that say how a run is started, not what it computes.
 _NOT_KEPT = ("overwrite",)
 
+# Settings that change what a step costs, but no bit of what it computes.
+_COSTS = ("memory",)
+
 # Settings that may say the same in other words; what counts is what lies there.
 _PATHS = ("model", "data", "eval_data", "output")
 
@@ -133,7 +136,7 @@ class RunDirectory:
         begun = read_settings(self.path / "config.yaml")
         for name, value in asdict(config).items():
             was = begun.get(name)
-            if name not in (*_NOT_KEPT, *_PATHS) and value != was:
+            if name not in (*_NOT_KEPT, *_COSTS, *_PATHS) and value != was:
                 raise ConfigError(
                     f"--resume keeps the settings of the run, where {name} is {was}, not {value}; leave out "
                     f"--{name.replace('_', '-')}, or start a new run"

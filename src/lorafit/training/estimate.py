@@ -10,6 +10,7 @@ from lorafit.data.chat import Document
 from lorafit.data.packing import split_passes
 from lorafit.modules import Coverage
 from lorafit.modules.size import Size
+from lorafit.training.level import ChosenLevel
 from lorafit.training.loop import Step, Trainer, schedule_of
 from lorafit.training.memory import peak_rss_bytes
 
@@ -26,6 +27,7 @@ class Estimate:
         tokens_per_second: Its rate.
         total_seconds: Time of all steps at that rate.
         peak_rss_bytes: Peak resident memory up to the end of that step; None where it cannot be measured.
+        memory: What steps would keep for their backward passes, and why.
         size: What the weights of the base take.
         coverage: Which layers would be trained.
     """
@@ -37,6 +39,7 @@ class Estimate:
     tokens_per_second: float
     total_seconds: float
     peak_rss_bytes: int | None
+    memory: ChosenLevel
     size: Size
     coverage: Coverage
 
@@ -45,7 +48,9 @@ class Estimate:
         return {**asdict(self), "coverage": self.coverage.as_dict()}
 
 
-def estimate(trainer: Trainer, documents: Sequence[Document], size: Size, coverage: Coverage) -> Estimate:
+def estimate(
+    trainer: Trainer, documents: Sequence[Document], memory: ChosenLevel, size: Size, coverage: Coverage
+) -> Estimate:
     """Measure the longest step of a run, after its first one for warm-up. Both move the adapter.
 
     Raises:
@@ -70,6 +75,7 @@ def estimate(trainer: Trainer, documents: Sequence[Document], size: Size, covera
         tokens_per_second=rate,
         total_seconds=sum(lengths) / rate,
         peak_rss_bytes=peak_rss_bytes(),
+        memory=memory,
         size=size,
         coverage=coverage,
     )

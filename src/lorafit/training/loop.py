@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from lorafit.config import TrainConfig
 from lorafit.data.chat import Document
-from lorafit.data.packing import Batch, split_passes
+from lorafit.data.packing import Batch, group_passes, split_passes
 from lorafit.data.schedule import Schedule
 from lorafit.models.attention import document_attention
 from lorafit.training import optim, proof
@@ -60,14 +60,15 @@ class Trainer:
     Args:
         model: A model with adapters.
         loss: Summed loss of a batch, see ``lorafit.objectives``.
-        config: Settings; ``learning_rate``, ``steps`` and the size of a step must be resolved.
+        config: Settings; ``learning_rate``, ``steps`` and the size of a step must be resolved. What ``auto`` memory
+            means is for others to say; here it keeps everything.
     """
 
     def __init__(self, model: PreTrainedModel, loss: Loss, config: TrainConfig) -> None:
         self.model = model
         self.loss = loss
         self.config = config
-        keep_activations(model, config.memory)
+        keep_activations(model, "high" if config.memory == "auto" else config.memory)
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.optimizer = optim.make_optimizer(self.parameters, config.weight_decay)
         self.done = 0
@@ -132,6 +133,15 @@ def schedule_of(documents: Sequence[Document], config: TrainConfig) -> Schedule:
     """Which documents each step trains on."""
     lengths = [len(document.tokens) for document in documents]
     return Schedule(lengths, config.seed, batch_size=config.batch_size, tokens_per_step=config.tokens_per_step)
+
+
+def longest_pass(documents: Sequence[Document], config: TrainConfig) -> list[Document]:
+    """The documents of that pass of a run which has the most tokens."""
+    assert config.steps is not None
+    schedule = schedule_of(documents, config)
+    steps = (schedule.rows(step) for step in range(config.steps))
+    passes = (each for rows in steps for each in group_passes([documents[r] for r in rows], config.pass_tokens))
+    return max(passes, key=lambda each: sum(len(document.tokens) for document in each))
 
 
 def _step_seed(seed: int, step: int) -> int:

@@ -1,20 +1,25 @@
-"""How much memory training may use, and how much this process has used at most.
+"""How much memory training may use, how much is free, and how much this process has used at most.
 
 A backward pass needs what the forward pass computed. ``high`` keeps it. ``lowest`` keeps the input of each decoder
 layer only and computes the layer once more when its turn comes in the backward pass (arXiv 1604.06174): memory for the
-activations of one layer instead of all, for about a third more work.
+activations of one layer instead of all, for about a third more work. ``low`` does so with every second layer: half the
+memory for half of that work. benchmarks/NOTES.md says why not with parts of layers.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from functools import partial
+from pathlib import Path
+from typing import NamedTuple
 
+import torch
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from lorafit.config import Memory
+from lorafit.config import MemoryLevel
 
 
 def peak_rss_bytes() -> int | None:
@@ -28,16 +33,86 @@ def peak_rss_bytes() -> int | None:
     return int(peak if sys.platform == "darwin" else peak * 1024)
 
 
-def keep_activations(model: PreTrainedModel, memory: Memory) -> None:
+def keep_activations(model: PreTrainedModel, level: MemoryLevel) -> None:
     """Set what a training step keeps for its backward pass; the gradients are the same, to the bit.
 
     Args:
         model: The model, whose decoder layers are those of transformers.
-        memory: ``high`` keeps everything, ``lowest`` each layer's input.
+        level: ``high`` keeps everything, ``low`` of every second layer its input, ``lowest`` of every layer.
     """
     again = partial(checkpoint, use_reentrant=False)
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     # Not by the model's own switch, which also asks for the gradient of the embeddings that nothing needs.
-    for layer in model.modules():
-        if isinstance(layer, GradientCheckpointingLayer):
-            layer.gradient_checkpointing = memory == "lowest"
-            layer._gradient_checkpointing_func = again  # type: ignore[assignment]  # mypy takes it for a module
+    for number, layer in enumerate(layers):
+        layer.gradient_checkpointing = level == "lowest" or (level == "low" and number % 2 == 1)
+        layer._gradient_checkpointing_func = again  # type: ignore[assignment]  # mypy takes it for a module
+
+
+class Free(NamedTuple):
+    """Memory that this process may still take.
+
+    Attributes:
+        nbytes: How much; None where nothing tells.
+        source: What told it, for people.
+    """
+
+    nbytes: int | None
+    source: str
+
+
+def free_memory(device: torch.device, root: Path = Path("/")) -> Free:
+    """What is free on a device: on Linux the least of what the system has and the control groups allow.
+
+    Args:
+        device: Where the model computes.
+        root: Where the system's files are.
+    """
+    if device.type == "cuda":
+        return Free(torch.cuda.mem_get_info(device)[0], "on the GPU")
+    told = [Free(limit, "under the limit of the control group") for limit in _group_limits(root)]
+    try:
+        lines = (root / "proc/meminfo").read_text().splitlines()
+        told += [Free(int(line.split()[1]) * 1024, "") for line in lines if line.startswith("MemAvailable:")]
+    except OSError:
+        pass
+    if not told:
+        try:
+            told = [Free(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), "")]
+        except (AttributeError, OSError, ValueError):
+            return Free(None, "this system does not say how much is free, so plenty is assumed")
+    return min(told, key=lambda free: free.nbytes or 0)
+
+
+def _group_limits(root: Path) -> list[int]:
+    """What each control group of this process, and each above it, has left; of version 1 and 2."""
+    left = []
+    try:
+        groups = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return []
+    for line in groups:
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        mount = root / "sys/fs/cgroup" / ("memory" if controllers else "")
+        names = ("memory.limit_in_bytes", "memory.usage_in_bytes") if controllers else ("memory.max", "memory.current")
+        place = mount / path.lstrip("/")
+        # A container may see its own group as the mount itself, whatever the path says.
+        for folder in {place, *place.parents, mount}:
+            if folder.is_relative_to(mount):
+                left += _left_in(folder, *names)
+    return left
+
+
+def _left_in(folder: Path, limit: str, usage: str) -> list[int]:
+    """Limit less usage, where pages of files that have not been used for a while count as free; none without limit."""
+    try:
+        bytes_ = int((folder / limit).read_text())
+        used = int((folder / usage).read_text())
+        lines = (folder / "memory.stat").read_text().splitlines()
+    except (OSError, ValueError):  # no such group; or its limit is "max"
+        return []
+    reclaimable = [
+        int(line.split()[1]) for line in lines if line.split()[0] in ("inactive_file", "total_inactive_file")
+    ]
+    return [max(bytes_ - used + max(reclaimable, default=0), 0)]

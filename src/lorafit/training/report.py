@@ -107,7 +107,7 @@ def write_report(path: Path, summary: Summary, config: TrainConfig) -> None:
         "",
         f"- {summary.steps} steps{limit}, {summary.tokens:,} tokens ({summary.trained_tokens:,} of them trained), "
         f"{summary.seconds:.0f} s, {summary.tokens_per_second:,.0f} tokens/s in {summary.compute}",
-        f"- peak resident memory {memory}",
+        f"- peak resident memory {memory}; --memory {summary.memory.level}: {summary.memory.reason}",
         "",
         "## Settings",
         "",

@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -35,8 +35,9 @@ from lorafit.training import report, setup
 from lorafit.training.checkpoint import last_checkpoint, restore_checkpoint, save_checkpoint
 from lorafit.training.directory import RunDirectory, lasting_name
 from lorafit.training.importance import input_importance
-from lorafit.training.loop import Step, Trainer
-from lorafit.training.memory import peak_rss_bytes
+from lorafit.training.level import choose_level, estimate_step
+from lorafit.training.loop import Step, Trainer, longest_pass
+from lorafit.training.memory import free_memory, peak_rss_bytes
 from lorafit.training.summary import Summary, answer_samples, promotion_cost
 
 _REMEDY = "try a lower --learning-rate, or --compute fp32"
@@ -52,6 +53,7 @@ class Run:
         data: The same, tokenised.
         size: What the weights of the base take.
         coverage: Which layers the adapter covers.
+        memory: What its steps keep for their backward passes.
         trainer: Takes the steps.
         directory: Where it is kept.
         begun: Whether the directory holds it already.
@@ -77,7 +79,18 @@ class Run:
         self._adapter = setup.adapter_config(config, config.method)
         self.size = measure_size(base.model)
         self.coverage = attach(base.model, self._adapter)
-        self.trainer = Trainer(base.model, sft_loss, config)
+        longest = longest_pass(data.training, config)
+        need = estimate_step(
+            base.model,
+            longest,
+            itemsize=base.compute.itemsize,
+            keeps_inputs=config.method != "qalora",
+            mapped_bytes=self.size.nbytes if base.path.is_file() else 0,
+        )
+        self.memory = choose_level(
+            config.memory, need, sum(len(each.tokens) for each in longest), free_memory(base.model.device)
+        )
+        self.trainer = Trainer(base.model, sft_loss, replace(config, memory=self.memory.level))
 
     @classmethod
     def prepare(cls, config: TrainConfig, *, resume: bool, say: Callable[[str], None]) -> Run:
@@ -225,6 +238,7 @@ class Run:
             trained_tokens=sum(step["trained_tokens"] for step in taken),
             seconds=sum(step["seconds"] for step in taken),
             peak_rss_bytes=peak_rss_bytes(),
+            memory=self.memory,
             compute=str(base.compute).removeprefix("torch."),
             eval_before=self._before,
             eval_after=after,

@@ -15,6 +15,7 @@ from lorafit.evaluation.generate import generate
 from lorafit.evaluation.loss import Metrics
 from lorafit.modules import Coverage, adapters_disabled
 from lorafit.modules.size import Size
+from lorafit.training.level import ChosenLevel
 
 _ANSWER_TOKENS = 160  # enough to see how a model answers
 
@@ -97,6 +98,7 @@ class Summary:
         trained_tokens: Those of them that were predicted.
         seconds: Time in the steps, evaluations left out.
         peak_rss_bytes: Peak resident memory; None where it cannot be measured.
+        memory: What steps kept for their backward passes, and why.
         compute: Arithmetic.
         eval_before: Metrics of the base on the held-out rows, if there are any.
         eval_after: Metrics of the tuned model.
@@ -121,6 +123,7 @@ class Summary:
     trained_tokens: int
     seconds: float
     peak_rss_bytes: int | None
+    memory: ChosenLevel
     compute: str
     eval_before: Metrics | None
     eval_after: Metrics | None
