@@ -7,10 +7,11 @@ module imports nothing heavy, so that ``lorafit --help`` stays instant.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, fields
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 from lorafit.errors import ConfigError, MissingFileError
 
@@ -49,6 +50,7 @@ class LoRA:
         _check_rank_and_alpha(self.rank, self.alpha)
         if not 0.0 <= self.dropout < 1.0:
             raise ConfigError(f"dropout is {self.dropout}, but must be at least 0 and below 1")
+        _check_choice("scaling", self.scaling, get_args(Scaling))
 
     @property
     def scale(self) -> float:
@@ -93,6 +95,7 @@ class QALoRA:
 
     def __post_init__(self) -> None:
         _check_rank_and_alpha(self.rank, self.alpha)
+        _check_choice("frozen_tensors", self.frozen_tensors, get_args(FrozenTensors))
 
     @property
     def scale(self) -> float:
@@ -108,6 +111,11 @@ def _check_rank_and_alpha(rank: int, alpha: float) -> None:
         raise ConfigError(f"rank is {rank}, but must be at least 1 (16 is a good start)")
     if not 0.0 < alpha < float("inf"):
         raise ConfigError(f"alpha is {alpha}, but must be a positive number (32 is a good start)")
+
+
+def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ConfigError(f"{name} is {value!r}, but must be one of {', '.join(choices)}")
 
 
 @dataclass

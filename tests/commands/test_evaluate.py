@@ -10,9 +10,10 @@ from lorafit.commands.evaluate import _with_shots, evaluate
 from lorafit.containers.gguf import GGUFFile
 from lorafit.data.chat import encode
 from lorafit.data.readers import Example, Message
-from lorafit.errors import ConfigError, DataError
+from lorafit.errors import ConfigError, DataError, ModelError
 from lorafit.models.tokenizer import tokenizer_from_gguf
 from tests.commands.conftest import ROWS
+from tests.oracles.tiny_directory import write_tiny_directory
 
 
 def test_shots_stand_before_the_question_and_do_not_count(model: str) -> None:
@@ -58,3 +59,18 @@ def test_evaluate_refuses_what_cannot_be_measured(model: str, data: str, tmp_pat
     long.write_text(json.dumps({"prompt": "cat " * 200, "completion": "Yes."}))
     with pytest.raises(DataError, match=r"long.jsonl:1: \d+ tokens"):
         evaluate(model, str(long))
+
+
+def test_a_model_that_computes_no_numbers_is_an_error(
+    data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its weights are finite, and their products are not."""
+    dense = write_tiny_directory(tmp_path / "model")
+    for name, parameter in dense.named_parameters():
+        if "mlp" in name:
+            parameter.data *= 1e25
+    dense.save_pretrained(tmp_path / "model")
+    with pytest.raises(ModelError, match=r"model: the loss on .*, base, is nan: its weights are damaged or too large"):
+        evaluate(str(tmp_path / "model"), data)
+    assert main(["generate", str(tmp_path / "model"), "Hello"]) == 2
+    assert "the model computes what is not a number" in capsys.readouterr().err

@@ -153,3 +153,9 @@ def test_widths_that_are_no_whole_number_of_blocks_are_refused(name: str) -> Non
 def test_formats_without_a_quantiser_say_so(name: str) -> None:
     with pytest.raises(FormatError, match=f"lorafit reads {name} and does not write it"):
         quantize(torch.zeros(1, 256), name)
+
+
+@pytest.mark.parametrize("shape", [(64,), (2, 2, 64), (0, 64), (4, 0)])
+def test_only_matrices_are_quantised(shape: tuple[int, ...]) -> None:
+    with pytest.raises(FormatError, match=r"a matrix .* of weights can be quantised, not the shape"):
+        quantize(torch.zeros(shape), "NF4_DQ")

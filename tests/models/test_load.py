@@ -22,7 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from lorafit.containers.gguf import GGUFFile
 from lorafit.data.chat import render_prompt
-from lorafit.errors import ContainerError, FormatError, MissingFileError, ModelError
+from lorafit.errors import ConfigError, ContainerError, FormatError, MissingFileError, ModelError
 from lorafit.models.load import load, load_base
 from lorafit.modules import PackedEmbedding, PackedLinear, PackedWeight
 from tests.oracles.llama_gguf import random_llama, write_llama
@@ -340,6 +340,8 @@ def test_truncated_models_are_refused(tiny: TinyLlama) -> None:
 def test_what_is_not_there_names_what_could_be(tmp_path: Path) -> None:
     with pytest.raises(MissingFileError, match=r"nowhere: no such model; give a .gguf file, .*smollm2-135m"):
         load_base(tmp_path / "nowhere")
+    with pytest.raises(ConfigError, match="compute is 'int8', but must be one of auto, bf16, fp32"):
+        load_base(tmp_path, compute="int8")
     with pytest.raises(ModelError, match="neither a model nor a run"):
         load_base(tmp_path)
     (tmp_path / "model.gguf").write_text("version https://git-lfs.github.com/spec/v1\n")

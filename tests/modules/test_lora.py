@@ -177,7 +177,11 @@ def test_initial_values() -> None:
 
 
 @pytest.mark.parametrize(
-    "settings", [{"rank": 0}, {"rank": -1}, {"alpha": 0.0}, {"alpha": math.inf}, {"dropout": 1.0}, {"dropout": -0.1}]
+    "settings",
+    [
+        *[{"rank": 0}, {"rank": -1}, {"alpha": 0.0}, {"alpha": math.inf}, {"dropout": 1.0}, {"dropout": -0.1}],
+        {"scaling": "rsLoRA"},
+    ],
 )
 def test_impossible_settings_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=next(iter(settings))):

@@ -6,12 +6,13 @@ turns of every prompt, which answers the question to ask before any training: wo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from lorafit.commands.console import Console
-from lorafit.errors import ConfigError, DataError
+from lorafit.errors import ConfigError, DataError, ModelError
 
 if TYPE_CHECKING:
     from lorafit.data.chat import Document
@@ -40,6 +41,7 @@ def evaluate(
     Raises:
         ConfigError: Only one of ``shots`` and ``shots_from`` is given, or the file has fewer rows.
         DataError: A row is longer than the model's context.
+        ModelError: The loss is not a number.
     """
     if shots < 0 or bool(shots) != (shots_from is not None):
         raise ConfigError("--shots N and --shots-from FILE go together: N examples from the top of FILE")
@@ -67,7 +69,13 @@ def evaluate(
                 )
         if console:
             console.print(f"measuring {name}: {len(documents)} rows, {sum(len(d.tokens) for d in documents):,} tokens")
-        return loss.evaluate(loaded, split_passes(documents, _PASS_TOKENS))
+        metrics = loss.evaluate(loaded, split_passes(documents, _PASS_TOKENS))
+        if not math.isfinite(metrics.loss):
+            raise ModelError(
+                f"{model}: the loss on {data}, {name}, is {metrics.loss}: its weights are damaged or too large; "
+                "fetch it again, or train it anew"
+            )
+        return metrics
 
     plain = encode_all(examples, tokenizer)
     results = {}

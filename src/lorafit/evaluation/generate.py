@@ -10,7 +10,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from lorafit.data.chat import encode_prompt
 from lorafit.data.readers import Message
-from lorafit.errors import ConfigError, DataError
+from lorafit.errors import ConfigError, DataError, ModelError
 from lorafit.models.longrope import long_from
 from lorafit.models.tokenizer import end_of_turn_ids
 from lorafit.modules.qalora import offsets_held
@@ -44,6 +44,7 @@ def generate(
     Raises:
         ConfigError: An option is out of range.
         DataError: The conversation leaves no room in the model's context.
+        ModelError: What the model computes is not a number.
     """
     if max_tokens < 1 or temperature < 0 or not 0 < top_p <= 1:
         raise ConfigError("max_tokens must be at least 1, temperature at least 0, and top_p in (0, 1]")
@@ -83,6 +84,10 @@ def generate(
 
 def _choose(logits: Tensor, temperature: float, top_p: float, random: torch.Generator) -> int:
     """The next token from logits [vocabulary]."""
+    if logits.isnan().any():
+        raise ModelError(
+            "the model computes what is not a number: its weights are damaged or too large; fetch it again"
+        )
     if temperature == 0:
         return int(logits.argmax())
     probabilities, ids = (logits / temperature).softmax(-1).sort(descending=True)

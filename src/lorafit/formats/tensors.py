@@ -78,12 +78,14 @@ def quantize(weights: Tensor, name: str) -> Packed:
         name: Format name, a key of ``FORMATS``.
 
     Raises:
-        FormatError: Unknown format or one that lorafit only reads, a width that is not a whole number of blocks, or
-            weights that are not finite numbers or too large for the format.
+        FormatError: Unknown format or one that lorafit only reads, no matrix, a width that is not a whole number of
+            blocks, or weights that are not finite numbers or too large for the format.
     """
     block = block_format(name)
     if block.pack is None:
         raise FormatError(f"lorafit reads {name} and does not write it")
+    if weights.dim() != 2 or not weights.numel():
+        raise FormatError(f"a matrix [rows, width] of weights can be quantised, not the shape {list(weights.shape)}")
     rows, width = weights.shape
     row_bytes = block.row_bytes(width)
     pieces = weights.reshape(-1, block.elements).split(_PIECE // block.elements)

@@ -80,11 +80,10 @@ def load_base(
             layer -> [in_dim]. None weighs all inputs alike.
 
     Raises:
-        ConfigError: There is no such quantisation.
+        ConfigError: There is no such quantisation, or it fits no layer; or no such arithmetic.
         MissingFileError: Nothing is there.
         ContainerError: The file is broken.
         ModelError: The architecture or a tensor is not one that lorafit can use.
-        ConfigError: ``quantize`` fits no layer.
     """
     if quantize is not None and quantize not in BLOCK_FORMATS:
         raise ConfigError(f"quantize is {quantize!r}, but must be one of {', '.join(BLOCK_FORMATS)}")
@@ -149,7 +148,10 @@ def compute_dtype(compute: Compute) -> torch.dtype:
     """The arithmetic type that ``--compute`` names on this machine."""
     if compute == "auto":
         return torch.bfloat16 if _multiplies_bf16() else torch.float32
-    return {"bf16": torch.bfloat16, "fp32": torch.float32}[compute]
+    types = {"bf16": torch.bfloat16, "fp32": torch.float32}
+    if compute not in types:
+        raise ConfigError(f"compute is {compute!r}, but must be one of auto, {', '.join(types)}")
+    return types[compute]
 
 
 def _settle_sines() -> None:
