@@ -4,6 +4,7 @@
 
 Each measurement is a process of its own, and the tools take turns (A B C D A B C D), so that ratios hold on a machine
 whose speed drifts. In a round all of them train on the same batches in the same order; another round has other rows.
+This process does not import lorafit, which would set how long idle threads wait, and TRL would inherit that.
 SmolLM2-135M, LoRA of rank 16 on all linear layers, 8 documents a step, on documents of 200 to 1,000 tokens ("long",
 made up) and on rows from a file ("e2e"). ``--output`` gets everything measured (results.json), the table and a figure.
 """
@@ -11,6 +12,7 @@ made up) and on rows from a file ("e2e"). ``--output`` gets everything measured 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -18,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -99,16 +102,16 @@ class Runner:
 
     def seconds_to_first_step(self, data: Path) -> float:
         """From the command to the first line in ``metrics.jsonl``, which is written when the optimiser has stepped."""
-        output = self.folder / "first"
-        command = [sys.executable, "-m", "lorafit", "train", MODEL, str(data), "--steps", "1", "--no-eval"]
-        metrics = output / "metrics.jsonl"
-        started = time.perf_counter()
-        with subprocess.Popen([*command, "--output", str(output), "--overwrite"], stdout=subprocess.DEVNULL) as process:
-            while process.poll() is None and not (metrics.exists() and '"loss"' in metrics.read_text()):
-                time.sleep(0.01)
-            seconds = time.perf_counter() - started
-        assert process.returncode == 0
-        metrics.unlink()
+        with tempfile.TemporaryDirectory() as folder:
+            output = Path(folder) / "run"
+            metrics = output / "metrics.jsonl"
+            command = [sys.executable, "-m", "lorafit", "train", MODEL, str(data), "--output", str(output)]
+            started = time.perf_counter()
+            with subprocess.Popen([*command, "--steps", "1", "--no-eval"], stdout=subprocess.DEVNULL) as process:
+                while process.poll() is None and not (metrics.exists() and '"loss"' in metrics.read_text()):
+                    time.sleep(0.01)
+                seconds = time.perf_counter() - started
+            assert process.returncode == 0
         return seconds
 
 
@@ -123,49 +126,52 @@ def main() -> None:
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
-        results = measure_all(options, Path(folder))
-    (options.output / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+        for results in measure_all(options, Path(folder)):
+            # After each measurement, so that what was measured is kept whatever comes.
+            (options.output / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     table = report.table(results)
     (options.output / "table.md").write_text(table)
     report.figure(results, options.output / "figure.png")
     print(f"\n{table}\n{options.output}/: results.json, table.md, figure.png")
 
 
-def measure_all(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """All rounds."""
+def measure_all(options: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]]:
+    """All rounds; after each measurement yields everything up to there."""
     dense = folder / "dense"
     run([sys.executable, "-m", "lorafit", "export", MODEL, str(dense), "--format", "safetensors", "--dtype", "bf16"])
     runner = Runner(options.peers_python, folder, dense)
     sets = {"e2e": options.e2e, "long": None} if options.e2e else {"long": None}
-    measured: list[dict[str, Any]] = []
-    first_steps: list[float] = []
-    check: dict[str, float] = {}
-    for round_ in range(options.rounds):
-        for name, data in sets.items():
-            plan = runner.plan(name, WARM_UP + options.steps, round_, data)
-            if not check:
-                alone = runner.shortest_step(plan)
-                check = {c.name: runner.measure(c, alone, "fp32")["losses"][0] for c in CONTENDERS[:2]}
-                print(f"loss of a first step in fp32: {check}", flush=True)
-            for contender in CONTENDERS:
-                figures = runner.measure(contender, plan)
-                measured.append({"round": round_, "set": name, "contender": contender.name, **figures})
-                rate = report.tokens_per_second([measured[-1]])
-                peak = figures["peak_bytes"] / 1e9
-                print(f"{round_ + 1} {name:<5} {contender.name:<13} {rate:7.0f} tokens/s {peak:6.2f} GB", flush=True)
-        first_steps.append(runner.seconds_to_first_step(options.e2e or PRODUCTS))
+    plans = {
+        (turn, name): runner.plan(name, WARM_UP + options.steps, turn, data)
+        for turn in range(options.rounds)
+        for name, data in sets.items()
+    }
     peers = [line for line in (HERE / "requirements.txt").read_text().splitlines() if not line.startswith("#")]
-    return {
+    results: dict[str, Any] = {
         "date": time.strftime("%Y-%m-%d"),
         "machine": {"processor": processor(), "cores": os.cpu_count(), "system": platform.system()},
-        "versions": {"lorafit": version("lorafit"), "torch": version("torch"), "peers": peers},
-        "rounds": options.rounds,
+        "versions": {"lorafit": version("lorafit"), "peers": peers},
         "steps": options.steps,
         "warm_up": WARM_UP,
-        "loss_of_first_step_in_fp32": check,
-        "seconds_to_first_step": first_steps,
-        "measured": measured,
+        "loss_of_first_step_in_fp32": {},
+        "seconds_to_first_step": [],
+        "measured": [],
     }
+    shortest = runner.shortest_step(next(iter(plans.values())))
+    for contender in CONTENDERS[:2]:
+        loss = runner.measure(contender, shortest, "fp32")["losses"][0]
+        results["loss_of_first_step_in_fp32"][contender.name] = loss
+        print(f"loss of a first step in fp32, {contender.name}: {loss:.6f}", flush=True)
+    for turn in range(options.rounds):
+        seconds = runner.seconds_to_first_step(options.e2e or PRODUCTS)
+        results["seconds_to_first_step"].append(seconds)
+        print(f"{turn + 1} from the command to the first step {seconds:.1f} s", flush=True)
+        for name, contender in itertools.product(sets, CONTENDERS):
+            figures = runner.measure(contender, plans[turn, name])
+            results["measured"].append({"round": turn, "set": name, "contender": contender.name, **figures})
+            rate, peak = report.tokens_per_second([figures]), figures["peak_bytes"] / 1e9
+            print(f"{turn + 1} {name:<5} {contender.name:<13} {rate:7.0f} tokens/s {peak:6.2f} GB", flush=True)
+            yield results
 
 
 def run(command: list[str]) -> None:
