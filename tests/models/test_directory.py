@@ -132,6 +132,7 @@ DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
     ("edit", "message"),
     [
         (lambda path: (path / "config.json").unlink(), "neither a model nor a run: it has no config.json"),
+        (lambda path: (path / "adapter").mkdir(), "model is a run, but a base is wanted here; give the base"),
         (lambda path: (path / "config.json").write_text("{"), "config.json is not a JSON object"),
         (lambda path: (path / "config.json").write_text("[]"), "config.json is not a JSON object"),
         (lambda path: (path / "config.json").write_bytes(b"\xff\xfe"), "config.json is not a JSON object"),

@@ -8,7 +8,7 @@ import torch
 
 from lorafit.config import TrainConfig
 from lorafit.data.packing import split_passes
-from lorafit.errors import ConfigError
+from lorafit.errors import AdapterError, ConfigError
 from lorafit.models.load import load, load_base
 from lorafit.modules import PackedWeight
 from lorafit.training.importance import input_importance
@@ -71,6 +71,11 @@ def test_a_run_finds_the_base_again_that_it_was_trained_on(base: Path, tmp_path:
     found = {n: m.blocks for n, m in again.named_modules() if isinstance(m, PackedWeight)}
     assert found.keys() == blocks.keys()
     assert all(torch.equal(found[name], blocks[name]) for name in blocks)
+    (tmp_path / "run/adapter/importance.safetensors").unlink()
+    with pytest.raises(
+        AdapterError, match=r"adapter: importance\.safetensors is missing, by which its base was quanti"
+    ):
+        load(tmp_path / "run")
 
 
 def test_what_it_has_no_effect_on_is_refused(base: Path) -> None:

@@ -91,6 +91,7 @@ def save_adapter(model: nn.Module, directory: str | Path, record: AdapterRecord)
         "base": record.base,
         "base_sha256": record.base_sha256,
         "quantize": record.quantize,
+        "importance": bool(record.importance),
     }
     _write_tensors(directory / WEIGHTS_FILE, weights, {"format": "pt", "lorafit": json.dumps(note)})
     if isinstance(record.config, QALoRA):
@@ -125,6 +126,10 @@ def read_record(directory: str | Path) -> AdapterRecord:
         if record.quantize not in (None, *get_args(Quantize)):
             raise AdapterError(f"{directory}: its base was quantised to {record.quantize!r}, which is unknown")
         record = replace(record, importance=read_importance(directory))
+        if note.get("importance") and not record.importance:
+            raise AdapterError(
+                f"{directory}: {IMPORTANCE_FILE} is missing, by which its base was quantised; put it back"
+            )
     except ConfigError as error:
         raise AdapterError(f"{directory}: {error}") from None
     except (KeyError, TypeError, AttributeError):

@@ -91,6 +91,8 @@ def read_fields(path: Path) -> dict[str, Any]:
         ModelError: There are none, or one of them cannot be.
     """
     config_file = path / "config.json"
+    if (path / "adapter").is_dir():
+        raise ModelError(f"{path} is a run, but a base is wanted here; give the base")
     if not config_file.is_file():
         raise ModelError(f"{path} is neither a model nor a run: it has no config.json and no adapter/")
     try:
