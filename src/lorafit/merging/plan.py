@@ -117,15 +117,15 @@ def _detect(run: Path) -> tuple[Base, TrainConfig, str]:
     if not adapter.is_dir():
         raise MissingFileError(f"{run} is not a run: it has no directory adapter/; give what `lorafit train` wrote")
     record = read_record(adapter)
-    if not isinstance(record.config, QALoRA):
-        raise MergeError(
-            f"{run} was trained with --method {record.config.method}, whose update does not fit into the blocks "
-            f"of a GGUF file; ship {adapter} beside the base, or train with --method qalora"
-        )
     if record.quantize:
         raise MergeError(
             f"{run} was trained on {record.base} as it is after --quantize {record.quantize}: there is no GGUF file of "
             f"these blocks to merge into; ship {adapter} beside the base"
+        )
+    if not isinstance(record.config, QALoRA):
+        raise MergeError(
+            f"{run} was trained with --method {record.config.method}, whose update does not fit into the blocks "
+            f"of a GGUF file; ship {adapter} beside the base, or train with --method qalora"
         )
     config = TrainConfig(**read_settings(run / "config.yaml"))
     base = load_base(record.base, compute=config.compute)
