@@ -79,7 +79,7 @@ def figure(results: Results, path: Path) -> None:
             axis.bar_label(bars, fmt=lambda height: f"{height:.3g}", fontsize=8)
         axis.set_title(title)
         axis.set_xticks(range(len(sets)), sets)
-    axes[0].legend()
+    figures.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(names))
     figures.suptitle(
         f"SmolLM2-135M, rank 16, 8 documents a step, {results['machine']['cores']} cores, {results['date']}"
     )
