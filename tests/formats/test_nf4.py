@@ -1,5 +1,7 @@
 """NF4 and FP4 against bitsandbytes, bit for bit: codes, absmax, their double quantisation, and weights."""
 
+from collections.abc import Iterator
+
 import bitsandbytes.functional as bnb
 import numpy as np
 import pytest
@@ -11,6 +13,15 @@ from torch import Tensor
 from lorafit.formats import FORMATS, bits_per_weight, dequantize, quantize
 
 KINDS = ["nf4", "fp4"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """bitsandbytes takes a mean whose rounding depends on the number of threads; ours is that of one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def check(weights: Tensor, kind: str, double: bool) -> None:

@@ -158,4 +158,4 @@ def test_the_estimate_is_close_to_what_a_step_takes(
     before = _SETUP.format(path=str(path), compute=kind, adapter=repr(adapter), level=level, lengths=lengths)
     measured = memory_of("trainer.step(batches)", before=before)
     # The allocator, code that is compiled in the step, and what a kernel of the processor needs differ by machine.
-    assert 0.5 < estimated[level] / measured < 2.0
+    assert 0.4 < estimated[level] / measured < 2.5

@@ -9,7 +9,7 @@ and with LoRA the inputs of the adapters, 2 w + q + f; QA-LoRA keeps sums over b
 A layer that is computed again keeps its input, w. To this come one layer that is at work, with gradients as large as
 what it keeps, the scores of one piece of attention, a chunk of logits, the largest unpacked weight, gradients and
 moments of the adapter, code, and of a mapped file the pages, which stay in memory once they were read. The sum has been
-between 0.7 and 1.6 times the measured peak (a test holds it to a factor of 2), so that 60% of what is free is planned
+between 0.7 and 1.6 times the measured peak (a test holds it to a factor of 2.5), so that 60% of what is free is planned
 for.
 """
 
@@ -107,9 +107,9 @@ def estimate_step(
     logits = min(sum(sum(document.trained) for document in documents), _CHUNK) * config.vocab_size
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     largest = max(config.vocab_size * width, width * forward)
-    common = itemsize * (2 * layer * tokens + scores + 2 * logits + largest)
-    # Without a pass that leaves the gradient in their place, the logits are needed in float32 twice.
-    common += (0 if step.is_available() else 8) * logits + _OF_PARAMETER * trained + mapped_bytes + _CODE
+    common = itemsize * (2 * layer * tokens + scores + logits + largest)
+    # Without a pass that leaves the gradient in their place, it is another of these, and two more in float32.
+    common += (0 if step.is_available() else itemsize + 8) * logits + _OF_PARAMETER * trained + mapped_bytes + _CODE
     again = {"high": 0, "low": layers // 2, "lowest": layers}
     return {
         level: common + itemsize * tokens * (width * again[level] + layer * (layers - again[level]))
