@@ -33,7 +33,7 @@ def test_every_format_stands_in_the_table_with_its_measured_size() -> None:
 
 
 def test_what_can_be_trained_and_merged_is_what_has_offsets_or_gets_them() -> None:
-    for name, _, _, lora, qalora, merge in tables()[0]:
+    for name, _, _, lora, qalora, merge, *_ in tables()[0]:
         if name in PROMOTED:
             expected = (f"as {PROMOTED[name]}", f"yes, as {PROMOTED[name]}")
         else:
