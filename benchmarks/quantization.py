@@ -63,7 +63,7 @@ def main() -> None:
     base = load_base("smollm2-135m")
     training, held_out = (encode_all(part, base.tokenizer) for part in rows)
     tuned = fully_tuned(base.model, training, options.steps, options.learning_rate)
-    compare("SmolLM2 after full fine-tuning", tuned, training, held_out[::12])
+    compare("SmolLM2 after full fine-tuning", tuned, training, held_out[::48])
 
 
 def squared_errors() -> None:
