@@ -107,11 +107,8 @@ def test_documents_of_like_length_lie_side_by_side() -> None:
         int(start): int(length) for batch in batches for start, length in zip(batch.starts, batch.lengths, strict=True)
     }
     assert where == dict(zip(starts, lengths, strict=True))
-    assert [batch.padded for batch in batches] == [320, 64, 64, 32] or [batch.padded for batch in batches] == [
-        320,
-        64,
-        32,
-    ]
+    # 40 is too short to be padded to 64 beside 61 and 64: more than a quarter would be padding.
+    assert [batch.padded for batch in batches] == [320, 64, 64, 32]
     assert all(batch.padded % 32 == 0 and batch.padded >= int(batch.lengths.max()) for batch in batches)
 
 
