@@ -62,7 +62,7 @@ _COMMANDS = {
     "generate": "Answer one prompt.",
     "chat": "Talk with a model or a run.",
     "merge": "Write the tuned model as one file, with a certificate that it is the model that was trained.",
-    "export": "Unpack a quantised model into a directory of safetensors that transformers loads.",
+    "export": "Write a model in a form that other tools read, with a certificate of what it is.",
     "bench": "Measure what this machine does with a model, and how close to its limit.",
     "pull": "Fetch an embedded model into the cache.",
 }

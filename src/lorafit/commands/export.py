@@ -1,10 +1,18 @@
-"""``lorafit export``: a packed model in a form that other tools read."""
+"""``lorafit export``: a model in a form that other tools read.
+
+Each format is an entry of ``_FORMATS``: a function that writes it, one that shows what was proved, and the options that
+it takes. An option that a format does not take is refused, so none is without effect.
+"""
 
 from __future__ import annotations
 
-import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
+
+from cyclopts import Parameter
 
 from lorafit.commands.console import Console, readable_bytes
 from lorafit.errors import ConfigError, MergeError, OutputExistsError
@@ -16,24 +24,76 @@ ExportFormat = Literal["safetensors"]
 ExportDtype = Literal["fp32", "bf16", "fp16"]
 
 
+@dataclass(frozen=True)
+class Request:
+    """What is to be exported; options that were not given are None.
+
+    Attributes:
+        model: A model as `lorafit.load` takes it.
+        output: The file or directory to write.
+        dtype: Type of the weights.
+        overwrite: Replace the output if an earlier export wrote it.
+        console: Where to say what is going on.
+    """
+
+    model: str
+    output: str
+    dtype: ExportDtype | None
+    overwrite: bool
+    console: Console
+
+    @property
+    def target(self) -> Path:
+        """The output's path."""
+        return Path(self.output)
+
+    @property
+    def proof(self) -> Path:
+        """Where its certificate goes."""
+        return Path(f"{self.output}.certificate.json")
+
+
+class Certificate(Protocol):
+    """What was proved and measured about an output."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """For programs."""
+        ...
+
+
+@dataclass(frozen=True)
+class _Format:
+    """A format.
+
+    Attributes:
+        write: Writes the output and its certificate.
+        show: Shows the certificate to people.
+        options: Options of `Request` that it takes -> their values, or None for any.
+    """
+
+    write: Callable[[Request], Certificate]
+    show: Callable[[Request, Any], None]
+    options: dict[str, tuple[str, ...] | None]
+
+
 def export(
     model: str,
     output: str,
     *,
     format: ExportFormat = "safetensors",
-    dtype: ExportDtype = "fp32",
+    dtype: ExportDtype | None = None,
     overwrite: bool = False,
     console: Console | None = None,
-) -> ExportCertificate:
-    """Unpacks a quantised model into a directory that transformers loads, and writes OUTPUT.certificate.json.
+) -> Certificate:
+    """Writes a model in a format of other tools, and OUTPUT.certificate.json.
 
-    Both appear whole, and only after what was written was compared with the blocks.
+    Both appear whole, and only after what was written was compared with the model.
 
     Args:
-        model: A .gguf file, ``smollm2-135m``, or a directory that bitsandbytes quantised.
-        output: The directory to write.
+        model: A .gguf file, ``smollm2-135m``, or a directory.
+        output: The file or directory to write.
         format: Of the output.
-        dtype: Type of the weights; fp32 loses nothing.
+        dtype: Type of the weights; fp32 if missing, which loses nothing.
         overwrite: Replace the output if an earlier export wrote it.
         console: Where to say what is going on; nowhere if missing.
 
@@ -41,17 +101,80 @@ def export(
         What was proved and measured.
 
     Raises:
-        ConfigError: A run, or a directory that holds unpacked weights already.
+        ConfigError: The format does not exist, or has no such option; or this model cannot be exported to it.
         OutputExistsError: The output exists, and ``overwrite`` is not set or it is no export.
         MergeError: What was written is not what should have been.
         LorafitError: The model cannot be loaded.
     """
-    if format != "safetensors" or dtype not in ("fp32", "bf16", "fp16"):
-        raise ConfigError(f"export writes safetensors in fp32, bf16 or fp16, not {format} in {dtype}")
-    target, proof = Path(output), Path(f"{output}.certificate.json")
+    request = Request(model, output, dtype, overwrite, console or Console(quiet=True))
+    return _checked(format, request).write(request)
+
+
+def _checked(name: str, request: Request) -> _Format:
+    """The format, if it takes the options."""
+    if name not in _FORMATS:
+        raise ConfigError(f"export writes {', '.join(_FORMATS)}, not {name}")
+    for option in ("dtype",):
+        value = getattr(request, option)
+        if value is None:
+            continue
+        shown = f"--{option.replace('_', '-')}"
+        if option not in _FORMATS[name].options:
+            raise ConfigError(f"{shown} has no effect on --format {name}; leave it out")
+        possible = _FORMATS[name].options[option]
+        if possible and value not in possible:
+            raise ConfigError(f"--format {name} has {shown} {', '.join(possible)}, not {value}")
+    return _FORMATS[name]
+
+
+def check_free(request: Request, *, directory: bool, mine: Callable[[Path], bool]) -> None:
+    """Only an empty place is written to, or with ``overwrite`` what an earlier export left.
+
+    Args:
+        request: The request.
+        directory: Whether the output is one; otherwise it is a file.
+        mine: Whether an export wrote what stands at a path.
+
+    Raises:
+        OutputExistsError: Something else stands there.
+    """
+    target, proof = request.target, request.proof
+    for path in (target, proof):
+        if path.exists() and not request.overwrite and not (path.is_dir() and not any(path.iterdir())):
+            raise OutputExistsError(f"{path} exists; choose another name, or replace it with --overwrite")
+    if target.exists() and target.is_dir() != directory:
+        raise OutputExistsError(f"{target} is in the way; choose another name")
+    if proof.is_dir():
+        raise OutputExistsError(f"{proof} is in the way; choose another name")
+    if target.exists() and not (directory and not any(target.iterdir())) and not mine(target):
+        raise OutputExistsError(f"{target} is not what an export wrote, so it is not replaced; choose another name")
+
+
+@contextmanager
+def naming_full_disks(request: Request) -> Iterator[None]:
+    """A full disk is noticed by a write, which does not know of which file: name the output."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = request.output
+        raise
+
+
+def _write_safetensors(request: Request) -> ExportCertificate:
+    target, model = request.target, request.model
     if (Path(model) / "adapter").is_dir():
         raise ConfigError(f"{model} is a run, and export takes a base without an adapter; give the base")
-    _check_free(target, proof, overwrite)
+
+    import json
+
+    def is_export(path: Path) -> bool:
+        try:
+            return "lorafit_origin" in json.loads((path / "config.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError, TypeError):
+            return False
+
+    check_free(request, directory=True, mine=is_export)
 
     import torch
 
@@ -59,41 +182,39 @@ def export(
     from lorafit.exporting.safetensors import export_safetensors
     from lorafit.models.load import is_full_precision, load_base
 
-    say = (console or Console(quiet=True)).print
     if Path(model).is_dir() and is_full_precision(model):
         raise ConfigError(f"{model} holds unpacked safetensors already, so there is nothing to export")
     base = load_base(model, compute="fp32")
     if base.path.resolve().is_relative_to(target.resolve()):
-        raise MergeError(f"{output} holds the model that is exported; choose another directory")
-    types = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    try:
-        with replacing(proof) as proof_written, replacing_directory(target) as written:
-            certificate = export_safetensors(base, written, types[dtype], name=target.name, say=say)
-            proof_written.write_text(certificate.as_json(), encoding="utf-8")
-    except OSError as error:
-        # A full disk is noticed by a write, which does not know of which file.
-        if error.filename is None:
-            error.filename = output
-        raise
+        raise MergeError(f"{request.output} holds the model that is exported; choose another directory")
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[request.dtype or "fp32"]
+    with naming_full_disks(request), replacing(request.proof) as proof, replacing_directory(target) as written:
+        certificate = export_safetensors(base, written, dtype, name=target.name, say=request.console.print)
+        proof.write_text(certificate.as_json(), encoding="utf-8")
     return certificate
 
 
-def _check_free(target: Path, proof: Path, overwrite: bool) -> None:
-    """Only an empty place is written to, or with ``overwrite`` what an earlier export left."""
-    for path in (target, proof):
-        if path.exists() and not overwrite and not (path.is_dir() and not any(path.iterdir())):
-            raise OutputExistsError(f"{path} exists; choose another name, or replace it with --overwrite")
-    if target.is_dir() and any(target.iterdir()) and not _is_export(target):
-        raise OutputExistsError(f"{target} is not what an export wrote, so it is not replaced; choose another name")
-    if target.is_file() or proof.is_dir():
-        raise OutputExistsError(f"{target if target.is_file() else proof} is in the way; choose another name")
+def _show_safetensors(request: Request, certificate: ExportCertificate) -> None:
+    size = sum((request.target / file).stat().st_size for file in certificate.files)
+    if certificate.bit_identical:
+        said = "every weight is the one that the blocks stand for, to the last bit"
+    else:
+        said = f"rounded to {certificate.dtype}, by {certificate.largest_difference:.3g} at most"
+    request.console.fields(
+        f"Certificate of {certificate.output}",
+        {
+            "weights": f"{certificate.parameters:,} in {certificate.tensors} tensors; {said}",
+            "origin": f"{certificate.source}, SHA-256 {certificate.source_sha256}",
+        },
+    )
+    request.console.fields(
+        "Files", {"model": f"{request.output} ({readable_bytes(size)})", "certificate": str(request.proof)}
+    )
 
 
-def _is_export(path: Path) -> bool:
-    try:
-        return "lorafit_origin" in json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, TypeError):
-        return False
+_FORMATS: dict[str, _Format] = {
+    "safetensors": _Format(_write_safetensors, _show_safetensors, {"dtype": ("fp32", "bf16", "fp16")}),
+}
 
 
 def export_command(
@@ -102,35 +223,22 @@ def export_command(
     /,
     *,
     format: ExportFormat,
-    dtype: ExportDtype = "fp32",
+    dtype: Annotated[ExportDtype | None, Parameter(name=("--dtype", "--type"))] = None,
     overwrite: bool = False,
     json: bool = False,
 ) -> None:
-    """Unpack a quantised model into a directory of safetensors that transformers loads.
+    """Write a model in a form that other tools read, with a certificate of what it is.
 
     Args:
         model: A .gguf file, smollm2-135m, or a directory that bitsandbytes quantised.
         output: The directory to write; a certificate is written beside it as OUTPUT.certificate.json.
-        format: Of the output: safetensors.
-        dtype: Type of the weights; fp32 loses nothing, bf16 and fp16 take half the space.
+        format: Of the output: safetensors, a directory that transformers loads.
+        dtype: Type of the weights; fp32 loses nothing, bf16 and fp16 take half the space. [default: fp32]
         overwrite: Replace the output if an earlier export wrote it.
         json: Print the certificate as one JSON document on stdout; the text goes to stderr.
     """
-    console = Console(json=json)
-    certificate = export(model, output, format=format, dtype=dtype, overwrite=overwrite, console=console)
-    size = sum((Path(output) / file).stat().st_size for file in certificate.files)
-    if certificate.bit_identical:
-        said = "every weight is the one that the blocks stand for, to the last bit"
-    else:
-        said = f"rounded to {certificate.dtype}, by {certificate.largest_difference:.3g} at most"
-    console.fields(
-        f"Certificate of {certificate.output}",
-        {
-            "weights": f"{certificate.parameters:,} in {certificate.tensors} tensors; {said}",
-            "origin": f"{certificate.source}, SHA-256 {certificate.source_sha256}",
-        },
-    )
-    console.fields(
-        "Files", {"model": f"{output} ({readable_bytes(size)})", "certificate": f"{output}.certificate.json"}
-    )
-    console.result(certificate.as_dict())
+    request = Request(model, output, dtype, overwrite, Console(json=json))
+    chosen = _checked(format, request)
+    certificate = chosen.write(request)
+    chosen.show(request, certificate)
+    request.console.result(certificate.as_dict())
