@@ -118,7 +118,7 @@ def test_training_and_inference_agree() -> None:
         without_gradient = module(x)
     # float32, products in another order; values of size 5.
     torch.testing.assert_close(without_gradient, module(x), rtol=0, atol=1e-4)
-    merged = weight.float() + module.delta_weight()
+    merged = module.merged_weight(weight.float())
     torch.testing.assert_close(without_gradient, F.linear(x, merged, base.bias), rtol=0, atol=1e-4)
 
 

@@ -47,6 +47,14 @@ class AdapterModule(nn.Module, ABC):
     def delta_weight(self) -> Tensor:
         """The scaled update of the weight, [out_dim, in_dim] float32."""
 
+    def merged_weight(self, base: Tensor) -> Tensor:
+        """The weight of the plain layer that computes what this one does beside a frozen weight.
+
+        Args:
+            base: The frozen weight, [out_dim, in_dim] float32; it is left as it is.
+        """
+        return base + self.delta_weight()
+
 
 def adapter_modules(model: nn.Module) -> dict[str, AdapterModule]:
     """Full name -> adapter, in the model's order."""

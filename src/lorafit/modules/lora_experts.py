@@ -60,6 +60,10 @@ class LoRAExperts(AdapterModule):
         """The scaled update of all experts, [E, out_dim, in_dim] float32."""
         return self.scale * torch.bmm(self.lora_B.detach(), self.lora_A.detach())
 
+    def merged_expert(self, expert: int, base: Tensor) -> Tensor:
+        """As ``merged_weight``, for the matrix of one expert, [out_dim, in_dim] float32."""
+        return base + self.scale * (self.lora_B[expert].detach() @ self.lora_A[expert].detach())
+
     def forward(self, x: Tensor, routing: Routing) -> Tensor:
         if not self.enabled:
             return self.base(x, routing)
