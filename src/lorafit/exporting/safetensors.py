@@ -26,9 +26,9 @@ from lorafit.containers.atomic import fingerprint
 from lorafit.containers.gguf import GGUFFile
 from lorafit.containers.safetensors import SafetensorsDirectory, write_safetensors
 from lorafit.errors import MergeError
-from lorafit.exporting.unpacked import Unpacked, plain_config, unpacked_tensors
 from lorafit.models.base import Base
 from lorafit.models.directory import ORIGIN
+from lorafit.models.unpacked import Unpacked, plain_config, unpacked_tensors
 
 SHARD_BYTES = 4_000_000_000  # longest file of weights
 
