@@ -140,6 +140,8 @@ _PROTOTYPES: dict[str, tuple[Any, list[Any]]] = {
     "llama_tokenize": (c_int32, [c_void_p, c_char_p, c_int32, POINTER(c_int32), c_int32, c_bool, c_bool]),
     "llama_detokenize": (c_int32, [c_void_p, POINTER(c_int32), c_int32, c_char_p, c_int32, c_bool, c_bool]),
     "llama_token_to_piece": (c_int32, [c_void_p, c_int32, c_char_p, c_int32, c_int32, c_bool]),
+    "llama_adapter_lora_init": (c_void_p, [c_void_p, c_char_p]),
+    "llama_set_adapters_lora": (c_int32, [c_void_p, POINTER(c_void_p), c_size_t, POINTER(c_float)]),
 }
 
 
@@ -181,12 +183,13 @@ class LlamaCppOracle:
     Args:
         path: The GGUF file.
         vocab_only: Load the tokenizer alone; then there are no logits.
+        lora: A GGUF-LoRA to compute with.
 
     Raises:
-        RuntimeError: llama.cpp cannot load the file.
+        RuntimeError: llama.cpp cannot load a file.
     """
 
-    def __init__(self, path: Path | str, vocab_only: bool = False) -> None:
+    def __init__(self, path: Path | str, vocab_only: bool = False, lora: Path | str | None = None) -> None:
         self._model: int | None = None
         self._lib = _library()
         _silence(self._lib)
@@ -196,6 +199,10 @@ class LlamaCppOracle:
         self._model = self._lib.llama_model_load_from_file(str(path).encode(), params)
         if not self._model:
             raise RuntimeError(f"llama.cpp cannot load {path}")
+        # It is the model's, and is freed with it.
+        self._lora = self._lib.llama_adapter_lora_init(self._model, str(lora).encode()) if lora else None
+        if lora and not self._lora:
+            raise RuntimeError(f"llama.cpp cannot load {lora} onto {path}")
         self._vocab_only = vocab_only
         self._vocab = self._lib.llama_model_get_vocab(self._model)
         self.n_vocab: int = self._lib.llama_vocab_n_tokens(self._vocab)
@@ -231,12 +238,13 @@ class LlamaCppOracle:
         assert count >= 0, f"a piece of {-count} bytes"
         return text.raw[:count]
 
-    def logits(self, tokens: Sequence[int], *, as_served: bool = False) -> np.ndarray:
+    def logits(self, tokens: Sequence[int], *, as_served: bool = False, lora_scale: float = 1.0) -> np.ndarray:
         """Logits after each token of one sequence that starts at position 0: float32 [T, vocab].
 
         Args:
             tokens: The sequence.
             as_served: Keep keys and values in F16 and use flash attention, as llama.cpp's server does by default.
+            lora_scale: What the GGUF-LoRA is multiplied by, if there is one.
 
         Raises:
             RuntimeError: llama.cpp refuses the tokens, or the model was opened with ``vocab_only``.
@@ -253,6 +261,10 @@ class LlamaCppOracle:
         context = self._lib.llama_init_from_model(self._model, params)
         if not context:
             raise RuntimeError(f"llama.cpp makes no context for {count} tokens")
+        if self._lora:
+            adapters, scales = (c_void_p * 1)(self._lora), (c_float * 1)(lora_scale)
+            if self._lib.llama_set_adapters_lora(context, adapters, 1, scales) != 0:
+                raise RuntimeError("llama.cpp does not take the LoRA")
         batch = self._lib.llama_batch_init(count, 0, 1)
         try:
             batch.n_tokens = count

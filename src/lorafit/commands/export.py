@@ -18,9 +18,10 @@ from lorafit.commands.console import Console, readable_bytes
 from lorafit.errors import ConfigError, MergeError, OutputExistsError
 
 if TYPE_CHECKING:
+    from lorafit.exporting.beside import BesideCertificate
     from lorafit.exporting.safetensors import ExportCertificate
 
-ExportFormat = Literal["safetensors"]
+ExportFormat = Literal["safetensors", "gguf-lora"]
 ExportDtype = Literal["fp32", "bf16", "fp16"]
 
 
@@ -90,7 +91,7 @@ def export(
     Both appear whole, and only after what was written was compared with the model.
 
     Args:
-        model: A .gguf file, ``smollm2-135m``, or a directory.
+        model: A .gguf file, ``smollm2-135m``, or a directory; for gguf-lora, a run or the directory of an adapter.
         output: The file or directory to write.
         format: Of the output.
         dtype: Type of the weights; fp32 if missing, which loses nothing.
@@ -212,8 +213,75 @@ def _show_safetensors(request: Request, certificate: ExportCertificate) -> None:
     )
 
 
+def _write_gguf_lora(request: Request) -> BesideCertificate:
+    source, target = Path(request.model), request.target
+    if target.suffix.lower() != ".gguf":
+        raise ConfigError(f"{request.output}: a GGUF-LoRA is one file, so the name must end in .gguf")
+    if not any((place / "adapter_config.json").is_file() for place in (source, source / "adapter")):
+        raise ConfigError(f"{request.model} is no run or adapter, and --format gguf-lora writes the adapter of one")
+
+    from lorafit.containers.gguf import GGUFFile
+    from lorafit.errors import LorafitError
+
+    def is_export(path: Path) -> bool:
+        try:
+            return GGUFFile.open(path).metadata.get("general.type") == "adapter"
+        except LorafitError:
+            return False
+
+    check_free(request, directory=False, mine=is_export)
+
+    from lorafit.containers.atomic import replacing
+    from lorafit.exporting.beside import export_gguf_lora
+
+    dtype = {"fp32": "F32", "fp16": "F16"}[request.dtype or "fp32"]
+    with naming_full_disks(request), replacing(request.proof) as proof, replacing(target) as written:
+        certificate = export_gguf_lora(source, written, dtype, name=target.name, say=request.console.print)
+        proof.write_text(certificate.as_json(), encoding="utf-8")
+    return certificate
+
+
+def _show_gguf_lora(request: Request, certificate: BesideCertificate) -> None:
+    from lorafit.exporting.beside import BesideLoss
+    from lorafit.merging.engine import Answers, InLlamaCpp
+
+    ranks = ", ".join(f"{count} of rank {rank}" for rank, count in certificate.ranks.items())
+    facts = {"matrices": f"{ranks}; alpha {certificate.alpha:g}"}
+    if certificate.folded:
+        facts["scaling"] = f"multiplied into B for {certificate.folded}, where llama.cpp's alpha/rank is not theirs"
+    facts["updates"] = f"off by {certificate.largest_difference:.2g} at most, relative to their size"
+    if certificate.differs_by:
+        facts["differs by"] = "; ".join(certificate.differs_by)
+    held_out, engine = certificate.held_out, certificate.llamacpp
+    if isinstance(held_out, BesideLoss):
+        facts["loss in lorafit"] = (
+            f"{held_out.run_loss:.4f} for the run and {held_out.file_loss:.4f} for base and file "
+            f"({held_out.tokens:,} held-out answer tokens, {held_out.compute})"
+        )
+    else:
+        facts["loss in lorafit"] = f"not measured: {held_out.not_measured}"
+    answers = engine.answers if isinstance(engine, InLlamaCpp) else engine
+    if isinstance(answers, Answers):
+        facts["loss in llama.cpp"] = (
+            f"{answers.base_loss:.3f} base, {answers.merged_loss:.3f} with the adapter ({answers.tokens:,} tokens of "
+            f"{answers.rows} held-out answers; compare these with one another only)"
+        )
+    else:
+        facts["loss in llama.cpp"] = f"not measured: {answers.not_measured}"
+    request.console.fields(f"Certificate of {certificate.output.name}", facts)
+    request.console.fields(
+        "Files",
+        {
+            "adapter": f"{request.output} ({readable_bytes(certificate.output.size)})",
+            "certificate": str(request.proof),
+            "llama.cpp": f"llama-cli -m {certificate.base.name} --lora {request.output}",
+        },
+    )
+
+
 _FORMATS: dict[str, _Format] = {
     "safetensors": _Format(_write_safetensors, _show_safetensors, {"dtype": ("fp32", "bf16", "fp16")}),
+    "gguf-lora": _Format(_write_gguf_lora, _show_gguf_lora, {"dtype": ("fp32", "fp16")}),
 }
 
 
@@ -230,9 +298,10 @@ def export_command(
     """Write a model in a form that other tools read, with a certificate of what it is.
 
     Args:
-        model: A .gguf file, smollm2-135m, or a directory that bitsandbytes quantised.
-        output: The directory to write; a certificate is written beside it as OUTPUT.certificate.json.
-        format: Of the output: safetensors, a directory that transformers loads.
+        model: A .gguf file, smollm2-135m, or a directory that bitsandbytes quantised; for gguf-lora, a run or the
+            directory of an adapter.
+        output: The file or directory to write; a certificate is written beside it as OUTPUT.certificate.json.
+        format: Of the output: safetensors, a directory that transformers loads; gguf-lora, an adapter for llama.cpp.
         dtype: Type of the weights; fp32 loses nothing, bf16 and fp16 take half the space. [default: fp32]
         overwrite: Replace the output if an earlier export wrote it.
         json: Print the certificate as one JSON document on stdout; the text goes to stderr.

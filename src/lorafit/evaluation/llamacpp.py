@@ -53,6 +53,7 @@ class LlamaCpp:
     Args:
         path: The GGUF file.
         n_ctx: Context length in tokens: prompt and answer together.
+        lora: A GGUF-LoRA to compute with.
         threads: Threads to compute with; by default one per processor but one, at most 8. llama.cpp's threads wait for
             one another spinning, so one that lost its core holds up all of them: with a core taken, two threads
             on two cores are nearly three times slower than one (benchmarks/NOTES.md).
@@ -60,20 +61,25 @@ class LlamaCpp:
     Raises:
         DependencyError: The package ``xllamacpp`` is not installed.
         MissingFileError: No such file.
-        ModelError: llama.cpp cannot load the file.
+        ModelError: llama.cpp cannot load the file, or not with this LoRA.
     """
 
-    def __init__(self, path: str | Path, *, n_ctx: int = 2048, threads: int | None = None) -> None:
+    def __init__(
+        self, path: str | Path, *, n_ctx: int = 2048, lora: str | Path | None = None, threads: int | None = None
+    ) -> None:
         self.path = Path(path)
         self._server: Any = None
         if not available():
             raise DependencyError("llama.cpp is not installed: pip install 'lorafit[llamacpp]'")
-        if not self.path.is_file():
-            raise MissingFileError(f"{path}: no such file")
+        for needed in (self.path, *([lora] if lora else [])):
+            if not Path(needed).is_file():
+                raise MissingFileError(f"{needed}: no such file")
         import xllamacpp
 
         params = xllamacpp.CommonParams()
         params.model.path = str(path)
+        if lora:
+            params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(lora), 1.0)]
         params.n_ctx = n_ctx
         params.n_parallel = 1
         threads = threads or min(max((os.cpu_count() or 1) - 1, 1), _MOST_THREADS)
@@ -88,9 +94,10 @@ class LlamaCpp:
         try:
             self._server = xllamacpp.Server(params)
         except RuntimeError as error:
+            both = f" with {lora}" if lora else ""
             raise ModelError(
-                f"{path}: llama.cpp cannot load it: damaged, of a kind that xllamacpp {xllamacpp.__version__} does not "
-                f"know, or too large for memory with a context of {n_ctx} tokens"
+                f"{path}: llama.cpp cannot load it{both}: damaged, of a kind that xllamacpp {xllamacpp.__version__} "
+                f"does not know, or too large for memory with a context of {n_ctx} tokens"
             ) from error
         # Besides proving that the model computes: a server closed before its loop has begun would wait for ever.
         self._next_tokens([0], _HARMLESS, 1)

@@ -45,7 +45,7 @@ class Answers:
 
     Attributes:
         base_loss: Mean negative log-probability of the held-out answers' tokens in the base, nats.
-        merged_loss: The same in the merged file.
+        merged_loss: The same in the merged file, or with the adapter beside the base.
         rows: How many answers: those with the shortest prompts.
         tokens: How many of their tokens, at most 48 of each answer.
         prompt: The conversation up to the answer that both were asked for.
@@ -100,7 +100,13 @@ def _question(example: Example, document: Document) -> _Question:
 
 
 def run_in_llamacpp(
-    base: Path, written: Path, name: str, examples: Sequence[Example], documents: Sequence[Document]
+    base: Path,
+    written: Path,
+    name: str,
+    examples: Sequence[Example],
+    documents: Sequence[Document],
+    *,
+    beside: bool = False,
 ) -> InLlamaCpp | NotMeasured:
     """Run base and file in llama.cpp, on the held-out answers with the shortest prompts.
 
@@ -110,6 +116,7 @@ def run_in_llamacpp(
         name: What it will be called.
         examples: The held-out rows.
         documents: The same, tokenised.
+        beside: The file is no model but a GGUF-LoRA, which the base takes.
 
     Raises:
         MergeError: llama.cpp cannot run one of them.
@@ -120,7 +127,7 @@ def run_in_llamacpp(
     asked = sorted(questions, key=lambda question: len(question.prompt))[:_SCORED_ROWS]
     try:
         base_loss, base_answer = _ask(base, asked)
-        merged_loss, merged_answer = _ask(written, asked)
+        merged_loss, merged_answer = _ask(base, asked, written) if beside else _ask(written, asked)
     except ModelError as error:
         # The file at hand has a temporary name that means nothing to anyone.
         raise MergeError(f"{name} is not kept: {str(error).replace(str(written), name)}") from error
@@ -139,10 +146,10 @@ def run_in_llamacpp(
     return InLlamaCpp(True, version("xllamacpp"), answers)
 
 
-def _ask(path: Path, questions: Sequence[_Question]) -> tuple[float, str]:
+def _ask(path: Path, questions: Sequence[_Question], lora: Path | None = None) -> tuple[float, str]:
     """Mean negative log-probability of all answers' tokens, and the model's own answer to the first question."""
     longest = max((len(question.prompt) for question in questions), default=0)
-    with LlamaCpp(path, n_ctx=longest + _ANSWER_TOKENS + _SPARE_CONTEXT) as model:
+    with LlamaCpp(path, n_ctx=longest + _ANSWER_TOKENS + _SPARE_CONTEXT, lora=lora) as model:
         if not questions:
             return 0.0, ""
         total = sum(

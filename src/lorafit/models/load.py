@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lorafit.adapters import load_adapter, read_record
+from lorafit.adapters import AdapterRecord, load_adapter, read_record
 from lorafit.config import Compute, Quantize
 from lorafit.containers.atomic import fingerprint
 from lorafit.containers.gguf import GGUFFile
@@ -52,15 +52,31 @@ def load(
         return base.model, base.tokenizer
     if quantize:
         raise ConfigError(f"{model} is a run, which says itself how its base is quantised; leave quantize out")
+    base = load_adapted(model, compute=compute)[0]
+    return base.model, base.tokenizer
+
+
+def load_adapted(directory: str | Path, *, compute: Compute = "auto") -> tuple[Base, AdapterRecord]:
+    """Load the base that an adapter was trained on, quantised as it was then, with the adapter attached.
+
+    Args:
+        directory: Of a run, or of an adapter alone.
+        compute: Arithmetic.
+
+    Raises:
+        LorafitError: As for :func:`load`.
+    """
+    inner = Path(directory) / "adapter"
+    adapter = inner if inner.is_dir() else Path(directory)
     record = read_record(adapter)
     base = load_base(record.base, compute=compute, quantize=record.quantize, importance=record.importance)
     if record.base_sha256 and fingerprint(base.path) != record.base_sha256:
         raise AdapterError(
-            f"{base.path} is not what {model} was trained on (its SHA-256 is another): it was changed or replaced; put "
-            "the original back, or train anew"
+            f"{base.path} is not what {directory} was trained on (its SHA-256 is another): it was changed or replaced; "
+            "put the original back, or train anew"
         )
     load_adapter(base.model, adapter)
-    return base.model, base.tokenizer
+    return base, record
 
 
 def load_base(
