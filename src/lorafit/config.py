@@ -22,7 +22,7 @@ MemoryLevel = Literal["high", "low", "lowest"]
 Memory = Literal["auto", MemoryLevel]
 Scaling = Literal["standard", "rslora", "plain"]
 FrozenTensors = Literal["frozen", "lora"]
-Requantize = Literal["q8_0", "q5_1", "q4_1", "q5_0", "q4_0", "bf16", "f16", "f32", "keep"]
+Requantize = Literal["q8_0", "q6_k", "q5_1", "q4_1", "q5_0", "q4_0", "bf16", "f16", "f32", "keep"]
 
 
 @dataclass(frozen=True, kw_only=True)

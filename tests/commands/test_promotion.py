@@ -178,8 +178,6 @@ def test_plain_lora_beside_is_trained_and_merged_by_rounding(
     assert f"lorafit merge {run} {run}.gguf --requantize q8_0" in capsys.readouterr().out.replace("\n", " ")
     assert main(["merge", run, output]) == 2
     assert "--requantize" in capsys.readouterr().err
-    assert main(["merge", run, output, "--requantize", "keep"]) == 2
-    assert "is Q6_K, which lorafit reads and does not write" in capsys.readouterr().err
     assert not Path(output).exists()
     assert main(["merge", run, output, "--requantize", "q8_0"]) == 0
     text = capsys.readouterr().out
@@ -190,5 +188,8 @@ def test_plain_lora_beside_is_trained_and_merged_by_rounding(
     losses = certificate["held_out"]
     assert losses["merged_loss"] != losses["run_loss"]
     assert losses["merged_loss"] == pytest.approx(losses["run_loss"], abs=0.05)
+    kept = merge(run, output, requantize="keep", overwrite=True).requantized
+    assert kept is not None
+    assert kept.formats == {"Q6_K to Q6_K": 2, "Q8_0 to Q8_0": 1}
     assert merge(run, output, requantize="f16", overwrite=True).requantized is not None
     assert isinstance(merge(run, output, requantize="bf16", overwrite=True).held_out, HeldOut)

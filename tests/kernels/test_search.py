@@ -110,8 +110,10 @@ def test_the_bits_do_not_depend_on_how_a_tensor_is_cut() -> None:
 
 def test_what_cannot_be_searched_is_refused() -> None:
     weights = torch.zeros(2, 64)
-    with pytest.raises(FormatError, match="Q4_1 and Q5_1, not Q8_0"):
-        search.quantize(weights, "Q8_0")
+    with pytest.raises(FormatError, match="errors of Q4_1 and Q5_1, not Q8_0"):
+        search.quantize(weights, "Q8_0", torch.ones(64))
+    with pytest.raises(FormatError, match="reads Q3_K and does not write it"):
+        search.quantize(torch.zeros(1, 256), "Q3_K")
     for importance in (torch.ones(32), -torch.ones(64), torch.full((64,), torch.nan)):
         with pytest.raises(FormatError, match="64 inputs need as many finite importances"):
             search.quantize(weights, "Q4_1", importance)

@@ -21,11 +21,11 @@ from lorafit.models.load import load
 from tests.merging.runs import write_run
 from tests.merging.test_exact import in_file, tensors, updates
 from tests.oracles.llamacpp import LlamaCppOracle
-from tests.oracles.tiny_gguf import TinyLlama, write_tiny_llama
+from tests.oracles.tiny_gguf import TinyLlama, quantize, write_tiny_llama
 
 # Rows of q and k lie in another order in the file; the rest of the layers are Q4_0 and get promoted.
 FROZEN = {"0.attn_q": "Q6_K", "1.attn_k": "Q8_0", "1.ffn_down": "Q6_K", "0.ffn_up": "F16"}
-FORMATS = ["q8_0", "q5_1", "q4_1", "q5_0", "q4_0", "bf16", "f16", "f32"]
+FORMATS = ["q8_0", "q6_k", "q5_1", "q4_1", "q5_0", "q4_0", "bf16", "f16", "f32"]
 
 
 @pytest.fixture(scope="module")
@@ -55,8 +55,8 @@ def test_weights_are_the_rounded_sum(base: TinyLlama, run: Path, tmp_path: Path,
         assert new.tensor_type == kind
         wanted = gguf.quants.dequantize(old.data, old.tensor_type).astype(np.float64) + changed[name]
         error = np.abs(gguf.quants.dequantize(new.data, kind) - wanted)
-        plain = np.abs(gguf.quants.dequantize(gguf.quants.quantize(wanted.astype(np.float32), kind), kind) - wanted)
-        # No worse than plain rounding by gguf-py, give or take sums that differ in float32 (1e-7 of weights below 1).
+        plain = np.abs(gguf.quants.dequantize(quantize(wanted.astype(np.float32), kind.name), kind) - wanted)
+        # No worse than gguf-py or ggml, give or take sums that differ in float32 (1e-7 of weights below 1).
         assert (error**2).mean() <= (plain**2).mean() * 1.0001 + 1e-14
         assert np.abs(changed[name]).mean() > 0.005
     for name, old in before.items():
@@ -65,7 +65,8 @@ def test_weights_are_the_rounded_sum(base: TinyLlama, run: Path, tmp_path: Path,
 
 
 def test_keep_keeps_the_format_of_each(tmp_path: Path) -> None:
-    base = write_tiny_llama(tmp_path / "base.gguf", formats={"attn_v": "Q8_0", "ffn_up": "Q4_0", "0.attn_k": "F16"})
+    formats = {"attn_v": "Q8_0", "ffn_up": "Q4_0", "0.attn_k": "F16", "1.attn_q": "Q6_K"}
+    base = write_tiny_llama(tmp_path / "base.gguf", hidden=256, formats=formats)  # type: ignore[arg-type]
     config = QALoRA(rank=2, targets="v_proj,k_proj,q_proj", frozen_tensors="lora")
     planned = plan(write_run(tmp_path / "run", base.path, config, held_out=False), requantize="keep")
     apply(planned, tmp_path / "tuned.gguf")
@@ -74,7 +75,8 @@ def test_keep_keeps_the_format_of_each(tmp_path: Path) -> None:
     assert {name: tensor.tensor_type for name, tensor in before.items()} == {
         name: tensor.tensor_type for name, tensor in after.items()
     }
-    assert not np.array_equal(before["blk.0.attn_k.weight"].data, after["blk.0.attn_k.weight"].data)
+    for name in ("blk.0.attn_k.weight", "blk.1.attn_q.weight"):
+        assert not np.array_equal(before[name].data, after[name].data)
 
 
 def test_the_certificate_states_what_is_not_exact(base: TinyLlama, run: Path, tmp_path: Path) -> None:
@@ -138,8 +140,10 @@ def test_pieces_of_experts_get_their_own_update(rows: int) -> None:
 def test_what_is_refused(base: TinyLlama, run: Path, tmp_path: Path) -> None:
     with pytest.raises(MergeError, match=r"plain LoRA on 4 layers .* as in --requantize q8_0, or ship .*adapter"):
         plan(run)
-    with pytest.raises(MergeError, match=r"attn_q\.weight is Q6_K, which lorafit .* does not write, .* one of q8_0"):
-        plan(run, requantize="keep")
+    read_only = write_tiny_llama(tmp_path / "read_only.gguf", hidden=256, formats={"0.attn_q": "Q3_K"})
+    of_read_only = write_run(tmp_path / "of_read_only", read_only.path, QALoRA(rank=2, frozen_tensors="lora"))
+    with pytest.raises(MergeError, match=r"attn_q\.weight is Q3_K, which lorafit .* does not write, .* one of q8_0"):
+        plan(of_read_only, requantize="keep")
     with pytest.raises(MergeError, match="--requantize q3_k is not one of q8_0, "):
         plan(run, requantize="q3_k")  # type: ignore[arg-type]
     with pytest.raises(MergeError, match="--tolerance is -1, but must be at least 0"):

@@ -1,8 +1,8 @@
 """Block formats: how quantised weights lie in a file, as data and pure functions.
 
 ``block`` says what a format is; ``floats``, ``simple``, ``kquants``, ``lookup`` and ``nf4`` each describe a family of
-them, and adding a format touches one of these files; ``registry`` finds a format; ``tensors`` works on whole tensors,
-``search`` quantises with less error; ``promote`` moves a tensor into a format that QA-LoRA can train.
+them, and adding a format touches one of these files; ``ksearch`` finds the scales of K-quants; ``registry`` finds a
+format; ``tensors`` works on whole tensors; ``promote`` moves a tensor into a format that QA-LoRA can train.
 """
 
 from lorafit.formats.block import BlockFormat

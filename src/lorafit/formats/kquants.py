@@ -16,6 +16,8 @@ the first weights, the next field to those that follow, so that reading a run fi
 
 Scales: in Q2_K a byte is s and, in its upper half, t. In Q6_K it is s, signed. Q4_K and Q5_K put eight of 6 bits each
 for s and t into 12 bytes, Q3_K sixteen for s; see ``scales_q4_k`` and ``_scales_q3_k``.
+
+Packing is not ggml's, whose error it betters: see ``ksearch``.
 """
 
 from __future__ import annotations
@@ -23,12 +25,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lorafit.formats.block import BlockFormat, fields, half, nibbles
+from lorafit.formats import ksearch
+from lorafit.formats.block import BlockFormat, as_bytes, fields, half, joined, nibbles
 
 
 def _in_runs(packed: Tensor, width: int, run: int, sub_blocks: int) -> Tensor:
     """Fields of ``width`` bits, run by run: uint8 [n, k] -> uint8 [n, sub_blocks, 256 / sub_blocks]."""
     return fields(packed.unflatten(1, (-1, run)), width).reshape(len(packed), sub_blocks, -1)
+
+
+def _into_runs(integers: Tensor, width: int, run: int) -> Tensor:
+    """The inverse of ``_in_runs``: uint8 [n, sub-blocks, weights] -> uint8 [n, k]."""
+    return joined(integers.reshape(len(integers), -1, 8 // width, run), width).flatten(1)
 
 
 def scales_q4_k(packed: Tensor) -> tuple[Tensor, Tensor]:
@@ -98,10 +106,24 @@ def _unpack_q6_k(blocks: Tensor) -> Tensor:
     return (_scaled(half(blocks, 208), s) * (q.to(torch.int8) - 32)).flatten(1)
 
 
+def _pack_q6_k(weights: Tensor) -> Tensor:
+    d, s, q = ksearch.scaled(weights)
+    codes = (q + 32).to(torch.uint8)
+    return torch.cat(
+        (
+            _into_runs(codes & 15, 4, 64),
+            _into_runs(codes >> 4, 2, 32),
+            s.to(torch.int8).view(torch.uint8),
+            as_bytes(d.half().view(-1, 1)),
+        ),
+        dim=1,
+    )
+
+
 FORMATS = (
     BlockFormat("Q2_K", 10, 256, 84, _unpack_q2_k, floats=(80, 82)),
     BlockFormat("Q3_K", 11, 256, 110, _unpack_q3_k, floats=(108,)),
     BlockFormat("Q4_K", 12, 256, 144, _unpack_q4_k, floats=(0, 2)),
     BlockFormat("Q5_K", 13, 256, 176, _unpack_q5_k, floats=(0, 2)),
-    BlockFormat("Q6_K", 14, 256, 210, _unpack_q6_k, floats=(208,)),
+    BlockFormat("Q6_K", 14, 256, 210, _unpack_q6_k, _pack_q6_k, floats=(208,)),
 )

@@ -1,4 +1,7 @@
-"""Quantisation that searches each block's scale and offset for the least squared error.
+"""The best packing of every format: each block's scale and offset are searched for the least squared error.
+
+K-quants are searched as they are packed (``formats.ksearch``), and this is the search for Q4_1 and Q5_1. The other
+formats are rounded as their makers round them.
 
 A block of Q4_1 or Q5_1 represents w = d·q + m with q in 0..L (15 or 31). Plain rounding takes m and m + L·d from the
 smallest and the largest weight, so one outlier makes the steps coarse for the 31 others. Here d, m and all q of a block
@@ -44,19 +47,22 @@ _BLOCKS_AT_ONCE = 1 << 13  # a chunk and its intermediates stay in the cache
 
 
 def quantize(weights: Tensor, name: str, importance: Tensor | None = None) -> Packed:
-    """Pack weights with the least squared error that the search finds; no block is worse than by rounding.
+    """Pack weights as well as lorafit can; in Q4_1 and Q5_1 no block is worse than by rounding.
 
     Args:
-        weights: float32 [rows, width].
-        name: ``Q4_1`` or ``Q5_1``.
-        importance: Mean square of each input, [width], not negative; None weighs all alike.
+        weights: [rows, width], any floating-point type; taken as float32, some rows at a time.
+        name: Any format that lorafit writes.
+        importance: Mean square of each input, [width], not negative, for Q4_1 and Q5_1; None weighs all alike.
 
     Raises:
-        FormatError: As ``formats.quantize``, another format, or importance that does not fit.
+        FormatError: As ``formats.quantize``, or importance that does not fit or that another format has no use for.
     """
+    rounded = quantize_by_rounding(weights, name)
     if name not in _BITS:
-        raise FormatError(f"the search knows {' and '.join(_BITS)}, not {name}")
-    blocks, _ = quantize_by_rounding(weights, name)
+        if importance is not None:
+            raise FormatError(f"importance weighs the errors of {' and '.join(_BITS)}, not {name}")
+        return rounded
+    blocks = rounded.blocks
     if importance is None:
         importance = torch.ones(weights.shape[1])
     elif importance.shape != weights.shape[1:] or not bool((importance >= 0).all() & importance.isfinite().all()):
@@ -67,7 +73,12 @@ def quantize(weights: Tensor, name: str, importance: Tensor | None = None) -> Pa
     rows = max(1, _BLOCKS_AT_ONCE // groups)
     for start in range(0, len(weights), rows):
         chunk = slice(start, start + rows)
-        _improve(blocks[chunk].view(-1, block_format(name).nbytes), name, weights[chunk].reshape(-1, _BLOCK), of_block)
+        _improve(
+            blocks[chunk].view(-1, block_format(name).nbytes),
+            name,
+            weights[chunk].reshape(-1, _BLOCK).float(),
+            of_block,
+        )
     return Packed(blocks, None)
 
 

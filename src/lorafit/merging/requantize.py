@@ -1,8 +1,8 @@
 """Merging what no block can take exactly: a tensor is unpacked, the update added in float32, and the sum rounded anew.
 
 This is what other tools do to every tensor. Here it is for those alone that have plain LoRA because QA-LoRA cannot
-train them; it is asked for by name, and what it costs is measured. Some rows are worked on at a time. Where a format
-has an offset, scale and offset are searched (``kernels.search``).
+train them; it is asked for by name, and what it costs is measured. Some rows are worked on at a time, and packed as
+well as lorafit can (``kernels.search``).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from lorafit.config import Requantize
 from lorafit.containers.gguf import TensorInfo
 from lorafit.errors import FormatError, MergeError
-from lorafit.formats import block_format, dequantize, quantize
+from lorafit.formats import block_format, dequantize
 from lorafit.kernels import search
 from lorafit.merging.exact import differing
 from lorafit.modules import AdapterModule, LoRALinear, PackedLinear, PackedWeight
@@ -56,8 +56,7 @@ class RoundedChange:
             first, end = max(top, start), min(top + height, start + count)
             weights[first - start : end - start].addmm_(self.b[expert, first - top : end - top], self.a[expert])
         try:
-            pack = search.quantize if self.format in ("Q4_1", "Q5_1") else quantize
-            return pack(weights, self.format).blocks
+            return search.quantize(weights, self.format).blocks
         except FormatError as error:
             raise MergeError(f"{self.tensor.name}: {error}; choose another --requantize") from None
 

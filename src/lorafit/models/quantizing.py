@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lorafit import formats
 from lorafit.config import Quantize
 from lorafit.errors import FormatError, ModelError
 from lorafit.formats import block_format
@@ -32,9 +31,7 @@ BLOCK_FORMATS: dict[Quantize, str] = {
     "q8_0": "Q8_0",
 }
 
-SEARCHED = ("q4_1", "q5_1")  # those for which the best blocks are searched
-
-_AT_ONCE = 2**18  # weights that are searched at once
+SEARCHED = ("q4_1", "q5_1")  # those whose errors importance can weigh
 
 
 def why_kept(width: int, how: Quantize) -> str | None:
@@ -60,17 +57,13 @@ def quantized(
     Raises:
         ModelError: Some weights are not finite, or too large for the format; or the importance is not the layer's.
     """
-    format_name = BLOCK_FORMATS[how]
     try:
         with _one_thread():
-            if how in SEARCHED:
-                of_inputs = None if importance is None else importance.get(name.removesuffix(".weight"))
-                packed = _search(weights, format_name, of_inputs)
-            else:
-                packed = formats.quantize(weights, format_name)
+            of_inputs = None if importance is None else importance.get(name.removesuffix(".weight"))
+            packed = search.quantize(weights, BLOCK_FORMATS[how], of_inputs)
     except FormatError as error:
         raise ModelError(f"{where}: {name}: {error}") from None
-    return PackedWeight(packed.blocks, format_name, constants=packed.constants, name=name)
+    return PackedWeight(packed.blocks, BLOCK_FORMATS[how], constants=packed.constants, name=name)
 
 
 @contextmanager
@@ -86,16 +79,6 @@ def _one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
-
-
-def _search(weights: Tensor, format_name: str, importance: Tensor | None) -> formats.Packed:
-    """The search for the best scales and offsets, some rows at a time: in float32 it needs as much memory again."""
-    rows, width = weights.shape
-    blocks = torch.empty(rows, block_format(format_name).row_bytes(width), dtype=torch.uint8)
-    step = max(1, _AT_ONCE // width)
-    for piece, result in zip(weights.split(step), blocks.split(step), strict=True):
-        result.copy_(search.quantize(piece.float(), format_name, importance).blocks)
-    return formats.Packed(blocks, None)
 
 
 def quantize_model(
