@@ -22,6 +22,10 @@ MemoryLevel = Literal["high", "low", "lowest"]
 Memory = Literal["auto", MemoryLevel]
 Scaling = Literal["standard", "rslora", "plain"]
 FrozenTensors = Literal["frozen", "lora"]
+CombineMethod = Literal[
+    "linear", "cat", "svd", "ties", "dare_linear", "dare_ties", "magnitude_prune", "ties_svd", "dare_linear_svd",
+    "dare_ties_svd", "magnitude_prune_svd",
+]  # fmt: skip
 Requantize = Literal["q8_0", "q6_k", "q5_1", "q4_1", "q5_0", "q4_0", "bf16", "f16", "f32", "keep"]
 
 
@@ -104,6 +108,51 @@ class QALoRA:
 
 
 AdapterConfig = LoRA | QALoRA
+
+
+@dataclass(frozen=True, kw_only=True)
+class Combination:
+    """How several adapters of one base become one.
+
+    Attributes:
+        method: ``linear`` is the weighted sum of the updates, in as few ranks as hold it; ``cat`` the same with the
+            factors side by side, so that ranks add up; ``svd`` the closest to that sum of rank --rank. ``ties_svd``,
+            ``dare_linear_svd``, ``dare_ties_svd`` and ``magnitude_prune_svd`` prune the updates, combine them, and take
+            the closest of rank --rank. Without ``_svd`` they prune and combine the factors, as PEFT does, which is
+            quicker, needs equal ranks, and is a coarse approximation.
+        rank: Rank of the result of a method that ends in svd. [default: the largest of the adapters]
+        density: Share of the numbers that pruning keeps. Required by ties, dare and magnitude_prune.
+        majority: How ties elects the sign of a number: by the ``total`` of the values, or by the ``frequency`` of
+            signs. [default: total]
+        seed: Seed of what dare drops. [default: 0]
+    """
+
+    method: CombineMethod = "linear"
+    rank: int | None = None
+    density: float | None = None
+    majority: Literal["total", "frequency"] | None = None
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_choice("method", self.method, get_args(CombineMethod))
+        kind = self.method.removesuffix("_svd")
+        prunes = kind not in ("linear", "cat", "svd")
+        for name, value, used in (
+            ("rank", self.rank, self.method.endswith("svd")),
+            ("density", self.density, prunes),
+            ("majority", self.majority, kind.endswith("ties")),
+            ("seed", self.seed, kind.startswith("dare")),
+        ):
+            if value is not None and not used:
+                raise ConfigError(f"{name} has no effect on the method {self.method}; leave it out")
+        if self.rank is not None and self.rank < 1:
+            raise ConfigError(f"rank is {self.rank}, but must be at least 1")
+        if prunes and self.density is None:
+            raise ConfigError(f"the method {self.method} needs a density, the share of numbers to keep, such as 0.2")
+        if self.density is not None and not 0.0 < self.density <= 1.0:
+            raise ConfigError(f"density is {self.density}, but must be above 0 and at most 1")
+        if self.majority is not None:
+            _check_choice("majority", self.majority, ("total", "frequency"))
 
 
 def _check_rank_and_alpha(rank: int, alpha: float) -> None:

@@ -85,7 +85,20 @@ def save_adapter(model: nn.Module, directory: str | Path, record: AdapterRecord)
         a, b = modules[name].lora_factors()
         weights[f"{_PREFIX}{place}.lora_A.weight"] = a.contiguous().cpu()
         weights[f"{_PREFIX}{place}.lora_B.weight"] = b.contiguous().cpu()
-    note = {
+    write_tensors(directory / WEIGHTS_FILE, weights, {"format": "pt", "lorafit": json.dumps(note_of(record))})
+    if isinstance(record.config, QALoRA):
+        offsets = {
+            name: module.merged_offsets().cpu() for name, module in modules.items() if isinstance(module, QALoRALinear)
+        }
+        write_tensors(directory / OFFSETS_FILE, offsets, {"format": "pt", "base_sha256": record.base_sha256})
+    if record.importance:
+        write_importance(directory, record.importance)
+    write_text(directory / CONFIG_FILE, json.dumps(peft_fields(record, target_fields(model)), indent=2) + "\n")
+
+
+def note_of(record: AdapterRecord) -> dict[str, Any]:
+    """What the header of the weights says of an adapter."""
+    return {
         "method": record.config.method,
         "config": asdict(record.config),
         "base": record.base,
@@ -93,15 +106,6 @@ def save_adapter(model: nn.Module, directory: str | Path, record: AdapterRecord)
         "quantize": record.quantize,
         "importance": bool(record.importance),
     }
-    _write_tensors(directory / WEIGHTS_FILE, weights, {"format": "pt", "lorafit": json.dumps(note)})
-    if isinstance(record.config, QALoRA):
-        offsets = {
-            name: module.merged_offsets().cpu() for name, module in modules.items() if isinstance(module, QALoRALinear)
-        }
-        _write_tensors(directory / OFFSETS_FILE, offsets, {"format": "pt", "base_sha256": record.base_sha256})
-    if record.importance:
-        write_importance(directory, record.importance)
-    write_text(directory / CONFIG_FILE, json.dumps(_peft_config(model, record), indent=2) + "\n")
 
 
 def read_record(directory: str | Path) -> AdapterRecord:
@@ -113,7 +117,7 @@ def read_record(directory: str | Path) -> AdapterRecord:
     """
     directory = Path(directory)
     path = directory / CONFIG_FILE
-    fields = _read_config(path)
+    fields = read_fields(path)
     for key, value in fields.items():
         if key not in _HARMLESS and value not in _PLAIN.get(key, _NOTHING):
             raise AdapterError(f"{path}: {key} = {value!r} is not supported by lorafit")
@@ -142,7 +146,7 @@ def read_record(directory: str | Path) -> AdapterRecord:
 
 def write_importance(directory: Path, importance: Mapping[str, Tensor]) -> None:
     """Keep what the quantisation of a base weighed its errors by, without which it is not found again."""
-    _write_tensors(directory / IMPORTANCE_FILE, dict(importance), {"format": "pt"})
+    write_tensors(directory / IMPORTANCE_FILE, dict(importance), {"format": "pt"})
 
 
 def read_importance(directory: Path) -> Mapping[str, Tensor] | None:
@@ -208,7 +212,12 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise AdapterError(f"{path} is not a usable safetensors file: {error}") from None
 
 
-def _write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a safetensors file so that it appears whole, and compare it with what was to be written.
+
+    Raises:
+        AdapterError: They differ.
+    """
     with replacing(path) as temporary:
         # Not by safetensors' own writer, which gives a full disk a type of its own and files to their owner alone.
         temporary.write_bytes(_in_order(save(tensors, metadata)))
@@ -275,14 +284,15 @@ def _foreign_config(fields: Mapping[str, Any]) -> LoRA:
     )
 
 
-def _peft_config(model: nn.Module, record: AdapterRecord) -> dict[str, Any]:
+def peft_fields(record: AdapterRecord, targets: Mapping[str, Any]) -> dict[str, Any]:
+    """PEFT's configuration; ``targets`` are its fields that say what is adapted."""
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": record.base,
         **_scaling_fields(record.config),
         "lora_dropout": record.config.dropout if isinstance(record.config, LoRA) else 0.0,
-        **target_fields(model),
+        **targets,
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
@@ -290,7 +300,13 @@ def _peft_config(model: nn.Module, record: AdapterRecord) -> dict[str, Any]:
     }
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def read_fields(path: Path) -> dict[str, Any]:
+    """PEFT's configuration of an adapter.
+
+    Raises:
+        MissingFileError: There is none.
+        AdapterError: It is broken.
+    """
     if not path.is_file():
         raise MissingFileError(f"{path}: no such file; is {path.parent} an adapter?")
     try:
