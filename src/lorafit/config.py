@@ -7,8 +7,9 @@ module imports nothing heavy, so that ``lorafit --help`` stays instant.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import KW_ONLY, dataclass, fields
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, field, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
@@ -40,6 +41,12 @@ class LoRA:
         dropout: Probability with which inputs of the adapter are dropped in training.
         targets: ``all-linear`` (every linear layer but the output head), or comma-separated module names such as
             ``q_proj,v_proj``, or a regular expression over full names.
+        dora: Train the magnitude of each row of the weight beside its direction (DoRA, arXiv 2402.09353).
+        rank_pattern: Name of some layers -> their rank, in place of ``rank``. A name is that of a module or its end, or
+            a regular expression for one of these; of those that match a layer, the first counts.
+        alpha_pattern: The same for ``alpha``.
+        modules_to_save: Ends of the names of modules that are trained whole, as dense copies, such as ``lm_head``.
+        trainable_token_indices: End of the name of an embedding -> the tokens whose rows are trained.
     """
 
     method: ClassVar[Method] = "lora"
@@ -49,12 +56,33 @@ class LoRA:
     scaling: Scaling = "standard"
     dropout: float = 0.0
     targets: str = "all-linear"
+    dora: bool = False
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    modules_to_save: Sequence[str] = ()
+    trainable_token_indices: Mapping[str, Sequence[int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _check_rank_and_alpha(self.rank, self.alpha)
         if not 0.0 <= self.dropout < 1.0:
             raise ConfigError(f"dropout is {self.dropout}, but must be at least 0 and below 1")
         _check_choice("scaling", self.scaling, get_args(Scaling))
+        if self.scaling == "plain" and self.rank_pattern:
+            raise ConfigError(
+                "rank_pattern does not go with scaling plain, which PEFT's files cannot say of each layer"
+            )
+        for rank in self.rank_pattern.values():
+            if not isinstance(rank, int):
+                raise ConfigError(f"rank_pattern gives the rank {rank!r}, but must give whole numbers")
+            _check_rank_and_alpha(rank, self.alpha)
+        for alpha in self.alpha_pattern.values():
+            _check_rank_and_alpha(self.rank, alpha)
+        for name in (*self.rank_pattern, *self.alpha_pattern):
+            _check_pattern(name)
+        # Read from JSON, these are lists; two records of one adapter are to be equal.
+        object.__setattr__(self, "modules_to_save", tuple(self.modules_to_save))
+        indices = {name: tuple(tokens) for name, tokens in self.trainable_token_indices.items()}
+        object.__setattr__(self, "trainable_token_indices", indices)
 
     @property
     def scale(self) -> float:
@@ -64,6 +92,21 @@ class LoRA:
             "rslora": self.alpha / self.rank**0.5,
             "plain": self.alpha,
         }[self.scaling]
+
+    def at(self, name: str) -> LoRA:
+        """The settings of one layer: the same with the rank and alpha that the patterns give it.
+
+        Args:
+            name: Full name of the layer.
+        """
+        rank, alpha = pattern_key(self.rank_pattern, name), pattern_key(self.alpha_pattern, name)
+        return replace(
+            self,
+            rank=self.rank if rank is None else self.rank_pattern[rank],
+            alpha=self.alpha if alpha is None else self.alpha_pattern[alpha],
+            rank_pattern={},
+            alpha_pattern={},
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,6 +196,18 @@ class Combination:
             raise ConfigError(f"density is {self.density}, but must be above 0 and at most 1")
         if self.majority is not None:
             _check_choice("majority", self.majority, ("total", "frequency"))
+
+
+def pattern_key(pattern: Mapping[str, Any], name: str) -> str | None:
+    """The first key that matches a layer's full name or its end behind a dot, which is PEFT's rule."""
+    return next((key for key in pattern if re.match(rf"(.*\.)?({key})$", name)), None)
+
+
+def _check_pattern(name: str) -> None:
+    try:
+        re.compile(name)
+    except re.error as error:
+        raise ConfigError(f"{name!r} is neither a name nor a regular expression: {error}") from None
 
 
 def _check_rank_and_alpha(rank: int, alpha: float) -> None:

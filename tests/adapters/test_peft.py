@@ -209,17 +209,12 @@ def test_adapters_that_peft_wrote(tiny: TinyLlama, tmp_path: Path, settings: dic
 @pytest.mark.parametrize(
     ("settings", "named"),
     [
-        ({"use_dora": True}, "use_dora"),
         ({"use_qalora": True, "qalora_group_size": 32}, "use_qalora"),
         ({"bias": "all"}, "bias"),
         ({"bias": "lora_only"}, "bias"),
         ({"lora_bias": True}, "lora_bias"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
-        ({"rank_pattern": {"q_proj": 2}}, "rank_pattern"),
-        ({"alpha_pattern": {"q_proj": 2}}, "alpha_pattern"),
-        ({"layers_to_transform": [1]}, "layers_to_transform"),
-        ({"exclude_modules": ["layers.0.self_attn.q_proj"]}, "exclude_modules"),
-        ({"trainable_token_indices": [1, 2]}, "trainable_token_indices"),
+        ({"alora_invocation_tokens": [3, 4]}, "alora_invocation_tokens"),
+        ({"ensure_weight_tying": True}, "ensure_weight_tying"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights"),
         ({"init_lora_weights": "olora"}, "init_lora_weights"),
     ],
@@ -239,7 +234,15 @@ def test_variants_that_compute_something_else_are_refused_by_name(
 
 def test_other_kinds_and_fields_yet_unknown_are_refused(tiny: TinyLlama, tmp_path: Path) -> None:
     saved(tiny, tmp_path, LoRA(rank=2))
-    for fields in ({"peft_type": "LOHA"}, {"use_lora_of_2030": True}, {"fan_in_fan_out": True}):
+    others: tuple[dict[str, Any], ...] = (
+        {"peft_type": "LOHA"},
+        {"task_type": "SEQ_CLS"},
+        {"use_lora_of_2030": True},
+        {"fan_in_fan_out": True},
+        {"layer_replication": [[0, 2], [1, 2]]},
+        {"init_lora_weights": "loftq"},
+    )
+    for fields in others:
         directory = Path(shutil.copytree(tmp_path, tmp_path / next(iter(fields))))
         edited(directory, **fields)
         with pytest.raises(AdapterError, match=f"{next(iter(fields))} = .* is not supported"):

@@ -1,5 +1,6 @@
 """Adapters on disk."""
 
-from lorafit.adapters.peft import AdapterRecord, load_adapter, read_record, save_adapter
+from lorafit.adapters.load import load_adapter
+from lorafit.adapters.peft import AdapterRecord, read_record, save_adapter
 
 __all__ = ["AdapterRecord", "load_adapter", "read_record", "save_adapter"]

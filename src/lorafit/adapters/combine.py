@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lorafit.adapters.names import read_targets
+from lorafit.adapters.foreign import read_targets
 from lorafit.adapters.peft import (
     CONFIG_FILE,
     WEIGHTS_FILE,

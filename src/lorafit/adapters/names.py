@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
-from collections.abc import Mapping, Set
-from typing import Any
+from collections.abc import Set
 
 from torch import nn
 
-from lorafit.modules import AdapterModule, LoRAExperts, adapter_modules
+from lorafit.modules import AdapterModule, LoRAExperts, WholeModule, adapter_modules
 from lorafit.modules.experts import ExpertStack
 from lorafit.modules.packed import is_linear
 
@@ -32,25 +30,12 @@ def places(modules: dict[str, AdapterModule]) -> dict[str, str]:
 
 def target_fields(model: nn.Module) -> dict[str, list[str]]:
     """What is adapted, in PEFT's configuration: short names where they say exactly that, full names otherwise."""
-    wrapped = adapter_modules(model)
+    wrapped = {n: module for n, module in adapter_modules(model).items() if not isinstance(module, WholeModule)}
     stacks = {name for name, module in wrapped.items() if isinstance(module, LoRAExperts)}
     left = {name for name, module in model.named_modules() if is_linear(module)}
     left_stacks = {name for name, module in model.named_modules() if isinstance(module, ExpertStack)}
     fields = {"target_modules": _shortened(wrapped.keys() - stacks, left, 1)}
     return fields | ({"target_parameters": _shortened(stacks, left_stacks, 2)} if stacks else {})
-
-
-def read_targets(fields: Mapping[str, Any]) -> str:
-    """What PEFT's configuration names, as ``--targets`` takes it."""
-    targets = fields.get("target_modules") or []
-    parameters = fields.get("target_parameters") or []
-    if not isinstance(targets, str):
-        return ",".join([*targets, *parameters])
-    return (
-        "|".join([f"(?:{targets})", *(rf"(?:.*\.)?{re.escape(name)}" for name in parameters)])
-        if parameters
-        else targets
-    )
 
 
 def _shortened(names: Set[str], others: Set[str], parts: int) -> list[str]:

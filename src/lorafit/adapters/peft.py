@@ -11,45 +11,30 @@ LoRA on tensors without offsets; those have no entry there.
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from lorafit.adapters.names import places, read_targets, target_fields
+from lorafit.adapters.foreign import check_fields, lora_config
+from lorafit.adapters.names import target_fields
+from lorafit.adapters.parts import parts, present_key
 from lorafit.config import AdapterConfig, LoRA, QALoRA, QLoRA, Quantize
 from lorafit.containers.atomic import replacing, write_text
 from lorafit.errors import AdapterError, ConfigError, MissingFileError
-from lorafit.modules import AdapterModule, Coverage, QALoRALinear, adapter_modules, attach
+from lorafit.modules import QALoRALinear, adapter_modules
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 OFFSETS_FILE = "qalora_offsets.safetensors"
 IMPORTANCE_FILE = "importance.safetensors"
-
-_PREFIX = "base_model.model."
-_PARTS: tuple[Literal["A"], Literal["B"]] = ("A", "B")
-
-# Fields of PEFT's configuration that are read, or that say nothing about what a trained adapter computes.
-_HARMLESS = frozenset((
-    "r", "lora_alpha", "use_rslora", "lora_dropout", "target_modules", "target_parameters", "base_model_name_or_path",
-    "revision", "task_type", "inference_mode", "auto_mapping", "peft_version", "megatron_core", "qalora_group_size",
-    "loftq_config", "eva_config", "corda_config", "lora_ga_config",
-))  # fmt: skip
-
-# Any other field must say nothing, so that a variant of LoRA that is yet to be invented is refused too. These may say
-# what lorafit computes. (Other initialisations, such as PiSSA, change the base, and the adapter fits that one only.)
-_NOTHING: tuple[Any, ...] = (None, False, [], {}, "")
-_PLAIN: Mapping[str, tuple[Any, ...]] = {
-    "peft_type": ("LORA",),
-    "bias": ("none", None),
-    "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva"),
-}
+_PICKLED_FILE = "adapter_model.bin"
 
 
 @dataclass(frozen=True)
@@ -80,11 +65,7 @@ def save_adapter(model: nn.Module, directory: str | Path, record: AdapterRecord)
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     modules = adapter_modules(model)
-    weights: dict[str, Tensor] = {}
-    for name, place in places(modules).items():
-        a, b = modules[name].lora_factors()
-        weights[f"{_PREFIX}{place}.lora_A.weight"] = a.contiguous().cpu()
-        weights[f"{_PREFIX}{place}.lora_B.weight"] = b.contiguous().cpu()
+    weights = {key: part.get().contiguous().cpu() for key, part in parts(model).items()}
     write_tensors(directory / WEIGHTS_FILE, weights, {"format": "pt", "lorafit": json.dumps(note_of(record))})
     if isinstance(record.config, QALoRA):
         offsets = {
@@ -118,13 +99,11 @@ def read_record(directory: str | Path) -> AdapterRecord:
     directory = Path(directory)
     path = directory / CONFIG_FILE
     fields = read_fields(path)
-    for key, value in fields.items():
-        if key not in _HARMLESS and value not in _PLAIN.get(key, _NOTHING):
-            raise AdapterError(f"{path}: {key} = {value!r} is not supported by lorafit")
-    note = _read_note(directory / WEIGHTS_FILE)
+    check_fields(path, fields)
+    note = _read_note(directory)
     try:
         if note is None:
-            return AdapterRecord(_foreign_config(fields), fields.get("base_model_name_or_path") or "", "")
+            return AdapterRecord(lora_config(fields), fields.get("base_model_name_or_path") or "", "")
         kind = {"lora": LoRA, "qlora": QLoRA, "qalora": QALoRA}[note["method"]]
         record = AdapterRecord(kind(**note["config"]), note["base"], note["base_sha256"], note.get("quantize"))
         if record.quantize not in (None, *get_args(Quantize)):
@@ -138,8 +117,8 @@ def read_record(directory: str | Path) -> AdapterRecord:
         raise AdapterError(f"{directory}: {error}") from None
     except (KeyError, TypeError, AttributeError):
         raise AdapterError(f"{directory} does not describe an adapter that lorafit can read") from None
-    for key, value in _scaling_fields(record.config).items():
-        if fields.get(key, value) != value:
+    for key, value in _setting_fields(record.config).items():
+        if (fields.get(key, value) or None) != (value or None):
             raise AdapterError(f"{path}: {key} is {fields[key]!r}, but the weights were trained with {value!r}")
     return record
 
@@ -154,46 +133,42 @@ def read_importance(directory: Path) -> Mapping[str, Tensor] | None:
     return read_tensors(directory / IMPORTANCE_FILE) if (directory / IMPORTANCE_FILE).exists() else None
 
 
-def load_adapter(
-    model: nn.Module, directory: str | Path, *, hold_offsets: bool = True
-) -> tuple[AdapterRecord, Coverage]:
-    """Attach the adapter in a directory to the base that it was trained on.
-
-    Args:
-        model: The base.
-        directory: Where the adapter lies.
-        hold_offsets: Compute with the offsets that the run stored, as is wanted for everything but training on.
-
-    Raises:
-        MissingFileError: A file is missing.
-        AdapterError: The adapter does not fit the model; one error for all missing, unexpected and misshapen tensors.
-    """
-    directory = Path(directory)
-    record = read_record(directory)
-    weights = read_tensors(directory / WEIGHTS_FILE)
-    coverage = attach(model, record.config)
-    modules = adapter_modules(model)
-    keys = {name: f"{_PREFIX}{place}.lora_%s.weight" for name, place in places(modules).items()}
-    expected = {key % part for key in keys.values() for part in _PARTS}
-    problems = [f"{key} is missing" for key in sorted(expected - weights.keys())]
-    problems += [f"{key} is unexpected" for key in sorted(weights.keys() - expected)]
-    for name, module in modules.items():
-        for part in _PARTS:
-            key = keys[name] % part
-            if key in weights:
-                problem = _set_factor(module, part, weights[key])
-                problems += [f"{key} {problem}"] if problem else []
-    if hold_offsets and isinstance(record.config, QALoRA):
-        problems += _hold_offsets(modules, read_offsets_file(directory))
-    if problems:
-        rest = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise AdapterError(f"{directory} does not fit the model: {'; '.join(problems[:5])}{rest}")
-    return record, coverage
-
-
 def read_offsets_file(directory: str | Path) -> dict[str, Tensor]:
     """The stored offsets m' of a QA-LoRA run: module name -> float16 [out_dim, blocks in a row]."""
     return read_tensors(Path(directory) / OFFSETS_FILE)
+
+
+def read_weights(directory: str | Path) -> dict[str, Tensor]:
+    """The tensors of an adapter, by the names that PEFT gives them today.
+
+    Raises:
+        MissingFileError: There are none.
+        AdapterError: The file is broken, or holds more than one adapter.
+    """
+    path = _weights_file(Path(directory))
+    tensors = read_tensors(path) if path.name == WEIGHTS_FILE else _read_pickled(path)
+    weights = {present_key(key): tensor for key, tensor in tensors.items()}
+    if len(weights) < len(tensors):
+        raise AdapterError(f"{path} holds several adapters; save them one by one")
+    return weights
+
+
+def _weights_file(directory: Path) -> Path:
+    found = [path for name in (WEIGHTS_FILE, _PICKLED_FILE) if (path := directory / name).is_file()]
+    if not found:
+        raise MissingFileError(f"{directory / WEIGHTS_FILE}: no such file; the adapter is not complete")
+    return found[0]
+
+
+def _read_pickled(path: Path) -> dict[str, Tensor]:
+    """What PEFT wrote before it wrote safetensors; nothing but tensors is let in."""
+    try:
+        tensors = torch.load(path, weights_only=True, map_location="cpu")
+    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+        raise AdapterError(f"{path} is not a usable file of tensors: {str(error).splitlines()[0]}") from None
+    if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+        raise AdapterError(f"{path} is not a usable file of tensors")
+    return tensors
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -236,52 +211,25 @@ def _in_order(serialized: bytes) -> bytes:
     return len(text).to_bytes(8, "little") + text + serialized[start:]
 
 
-def _set_factor(module: AdapterModule, part: Literal["A", "B"], value: Tensor) -> str | None:
-    """Copy a saved factor into a module; returns what is wrong with it, if anything."""
-    expected = list(module.lora_factors()[_PARTS.index(part)].shape)
-    if list(value.shape) != expected:
-        return f"has the shape {list(value.shape)}, not {expected}"
-    if not bool(torch.isfinite(value).all()):
-        return "holds numbers that are not finite"
-    try:
-        module.set_lora_factor(part, value)
-    except AdapterError as error:
-        return str(error)
-    return None
+def _setting_fields(config: AdapterConfig) -> dict[str, Any]:
+    """Ranks, scaling and the rest of the settings as PEFT states them.
 
-
-def _hold_offsets(modules: Mapping[str, AdapterModule], stored: Mapping[str, Tensor]) -> list[str]:
-    """Let every QA-LoRA module compute with its stored offsets; returns what is wrong with them."""
-    takers = {name: module for name, module in modules.items() if isinstance(module, QALoRALinear)}
-    problems = [f"offsets of {name} are unexpected" for name in sorted(stored.keys() - takers.keys())]
-    for name, module in takers.items():
-        offsets = stored.get(name)
-        if offsets is None:
-            problems.append(f"offsets of {name} are missing")
-        elif offsets.dtype != torch.float16 or offsets.shape != module.offsets.shape:
-            found, expected = list(offsets.shape), list(module.offsets.shape)
-            problems.append(f"offsets of {name} are {offsets.dtype} {found}, not torch.float16 {expected}")
-        else:
-            module.hold(offsets.to(module.offsets.device))
-    return problems
-
-
-def _scaling_fields(config: AdapterConfig) -> dict[str, Any]:
-    """Rank and scaling as PEFT states them; it divides by the rank or its root, so a plain factor is multiplied."""
-    scaling = config.scaling if isinstance(config, LoRA) else "standard"
-    alpha = config.alpha * config.rank if scaling == "plain" else config.alpha
-    return {"r": config.rank, "lora_alpha": alpha, "use_rslora": scaling == "rslora"}
-
-
-def _foreign_config(fields: Mapping[str, Any]) -> LoRA:
-    """What an adapter that lorafit did not write was trained with."""
-    return LoRA(
-        rank=fields["r"],
-        alpha=fields["lora_alpha"],
-        scaling="rslora" if fields.get("use_rslora") else "standard",
-        dropout=fields.get("lora_dropout") or 0.0,
-        targets=read_targets(fields),
-    )
+    It divides by the rank or its root, so a plain factor is multiplied.
+    """
+    if not isinstance(config, LoRA):
+        return {"r": config.rank, "lora_alpha": config.alpha, "use_rslora": False}
+    by_rank = config.rank if config.scaling == "plain" else 1
+    tokens = {name: list(indices) for name, indices in config.trainable_token_indices.items()}
+    return {
+        "r": config.rank,
+        "lora_alpha": config.alpha * by_rank,
+        "use_rslora": config.scaling == "rslora",
+        "use_dora": config.dora,
+        "rank_pattern": dict(config.rank_pattern),
+        "alpha_pattern": {name: alpha * by_rank for name, alpha in config.alpha_pattern.items()},
+        "modules_to_save": list(config.modules_to_save) or None,
+        "trainable_token_indices": tokens or None,
+    }
 
 
 def peft_fields(record: AdapterRecord, targets: Mapping[str, Any]) -> dict[str, Any]:
@@ -290,7 +238,7 @@ def peft_fields(record: AdapterRecord, targets: Mapping[str, Any]) -> dict[str, 
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": record.base,
-        **_scaling_fields(record.config),
+        **_setting_fields(record.config),
         "lora_dropout": record.config.dropout if isinstance(record.config, LoRA) else 0.0,
         **targets,
         "bias": "none",
@@ -319,9 +267,10 @@ def read_fields(path: Path) -> dict[str, Any]:
     return fields
 
 
-def _read_note(path: Path) -> dict[str, Any] | None:
-    if not path.is_file():
-        raise MissingFileError(f"{path}: no such file; the adapter is not complete")
+def _read_note(directory: Path) -> dict[str, Any] | None:
+    path = _weights_file(directory)
+    if path.name != WEIGHTS_FILE:
+        return None
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}

@@ -22,7 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorafit.adapters.peft import CONFIG_FILE, WEIGHTS_FILE, AdapterRecord, read_fields, read_record, read_tensors
+from lorafit.adapters.peft import CONFIG_FILE, AdapterRecord, read_fields, read_record, read_weights
+from lorafit.config import LoRA
 from lorafit.errors import AdapterError
 
 _KEY = re.compile(r"base_model\.model\.(?P<place>.+)\.lora_(?P<part>[AB])\.weight")
@@ -142,7 +143,7 @@ def read_adapter(path: str | Path) -> Adapter:
     directory = adapter_directory(path)
     record = read_record(directory)
     fields = read_fields(directory / CONFIG_FILE)
-    tensors = read_tensors(directory / WEIGHTS_FILE)
+    tensors = read_weights(directory)
     factors: dict[str, dict[str, Tensor]] = {}
     problems = []
     for key, tensor in tensors.items():
@@ -170,12 +171,15 @@ def read_adapter(path: str | Path) -> Adapter:
 
 def _update(place: str, a: Tensor, b: Tensor, record: AdapterRecord, fields: Mapping[str, Any]) -> Update:
     """The factors of a layer, or those of a stack of experts, which PEFT keeps in two matrices."""
-    owner, rank = place.split(".base_layer")[0], record.config.rank
+    config = record.config.at(place) if isinstance(record.config, LoRA) else record.config
+    owner, rank = place.split(".base_layer")[0], config.rank
     stacks = (name.rpartition(".")[0] for name in fields.get("target_parameters") or [])
     if any(f".{owner}".endswith(f".{name}") for name in stacks) and len(a) % rank == 0:
+        if fields.get("rank_pattern") or fields.get("alpha_pattern"):
+            raise AdapterError(f"{place}: experts with ranks or alphas of their own are not read without their model")
         a = a.unflatten(0, (-1, rank))
         b = b.unflatten(1, (rank, -1)).permute(2, 0, 1)
-    return Update(a, b, record.config.scale)
+    return Update(a, b, config.scale)
 
 
 def _in_order(name: str) -> list[tuple[int, str]]:

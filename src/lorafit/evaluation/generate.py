@@ -13,6 +13,7 @@ from lorafit.data.readers import Message
 from lorafit.errors import ConfigError, DataError, ModelError
 from lorafit.models.longrope import long_from
 from lorafit.models.tokenizer import end_of_turn_ids
+from lorafit.modules.dora import gains_held
 from lorafit.modules.qalora import offsets_held
 
 
@@ -60,7 +61,7 @@ def generate(
     written = ""
     switch = long_from(model)
     model.eval()
-    with offsets_held(model):
+    with offsets_held(model), gains_held(model):
         for _ in range(min(max_tokens, context - len(prompt))):
             output = model(input_ids=inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
             token = _choose(output.logits[0, -1].float(), temperature, top_p, random)

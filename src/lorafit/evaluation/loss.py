@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from lorafit.data.packing import Batch
 from lorafit.models.attention import document_attention
+from lorafit.modules.dora import gains_held
 from lorafit.modules.qalora import offsets_held
 from lorafit.objectives.sft import score
 
@@ -45,7 +46,7 @@ def evaluate(model: PreTrainedModel, batches: Sequence[Batch]) -> Metrics:
     model.eval()
     total, hits, count = 0.0, 0, 0
     try:
-        with torch.no_grad(), document_attention(model), offsets_held(model):
+        with torch.no_grad(), document_attention(model), offsets_held(model), gains_held(model):
             for batch in batches:
                 losses, correct = score(model, batch)
                 total += float(losses.double().sum())

@@ -13,19 +13,25 @@ from lorafit.modules.packed import linear_shape
 
 
 class AdapterModule(nn.Module, ABC):
-    """Stands where a linear layer stood; with the adapter disabled it *is* that layer.
+    """Stands where a linear layer stood, or another module; with the adapter disabled it *is* that module.
 
     Attributes:
-        base: The frozen layer.
+        base: The frozen module.
         enabled: Whether the adapter takes part.
+        out_features: Width of what it gives, of a linear layer or a stack of experts.
+        in_features: Width of what it takes, of the same.
     """
+
+    out_features: int
+    in_features: int
 
     def __init__(self, base: nn.Module) -> None:
         super().__init__()
         self.base = base.requires_grad_(False)
         self.enabled = True
         self.training = base.training
-        self.out_features, self.in_features = linear_shape(base)
+        if hasattr(base, "out_features"):
+            self.out_features, self.in_features = linear_shape(base)
 
     @abstractmethod
     def adapter_parameters(self) -> dict[str, nn.Parameter]:

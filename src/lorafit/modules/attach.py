@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 
 from torch import nn
 
-from lorafit.config import AdapterConfig, LoRA, QALoRA, QLoRA
+from lorafit.config import AdapterConfig, LoRA, QALoRA, QLoRA, pattern_key
 from lorafit.errors import AdapterError, ConfigError
 from lorafit.formats import EXACTLY_PROMOTED, block_format
 from lorafit.modules.adapter import AdapterModule, adapter_modules
+from lorafit.modules.beside import whole_modules
 from lorafit.modules.coverage import Coverage, Promotion
+from lorafit.modules.dora import DoRALinear
 from lorafit.modules.experts import Experts, ExpertStack, is_fused, unfused
 from lorafit.modules.lora import LoRALinear
 from lorafit.modules.lora_experts import LoRAExperts
 from lorafit.modules.packed import PackedEmbedding, PackedLinear, PackedWeight, is_embedding, is_linear
 from lorafit.modules.qalora import QALoRALinear, has_offsets
+from lorafit.modules.whole import WholeModule
 
 _QALORA_NEEDS = (
     "QA-LoRA trains the offsets of packed blocks, which Q4_1 and Q5_1 have and Q4_0, Q5_0, Q4_K and Q5_K can be given; "
@@ -35,7 +38,8 @@ def attach(model: nn.Module, config: AdapterConfig) -> Coverage:
         What was covered, and what was not and why.
 
     Raises:
-        AdapterError: The model has adapters already, a target matches nothing, or none can take this method.
+        AdapterError: The model has adapters already, a target or another name matches nothing, or no target can take
+            this method.
         ConfigError: The targets are not a valid pattern, or plain LoRA is asked for and no target needs it.
     """
     if adapter_modules(model):
@@ -43,7 +47,7 @@ def attach(model: nn.Module, config: AdapterConfig) -> Coverage:
     head = _output_head(model)
     stand_ins = {name: unfused(module) for name, module in model.named_modules() if name and is_fused(module)}
     layers = dict(_layers(model, stand_ins))
-    chosen = _choose(layers, config.targets, head)
+    chosen = _choose(layers, config, head)
     embeddings = {name: layer for name, layer in model.named_modules() if is_embedding(layer)}
     left = "output head (all-linear leaves it out)" if config.targets == "all-linear" else "not among the targets"
     frozen = {name: left for name in layers if name not in chosen}
@@ -72,17 +76,25 @@ def attach(model: nn.Module, config: AdapterConfig) -> Coverage:
     total = count_parameters(model)
     formats = {name: _format_of(layer) for name, layer in (embeddings | others | layers).items()}
     # All adapters before the first is placed: one that cannot be made leaves the model as it was.
-    adapters = {name: _wrap(layers[name], config, name in beside) for name in chosen if name not in unsuited}
+    trained = [name for name in chosen if name not in unsuited]
+    adapters: dict[str, AdapterModule] = {name: _wrap(layers[name], name, config, name in beside) for name in trained}
+    whole: dict[str, WholeModule] = {}
+    if isinstance(config, LoRA):
+        _check_patterns(config, trained)
+        whole = whole_modules(model, config, adapters.keys())
+        frozen = {name: why for name, why in frozen.items() if name not in whole}
+        formats |= {name: _format_of(module.base) for name, module in whole.items()}
     model.requires_grad_(False)
     for name, experts in stand_ins.items():
         model.set_submodule(name, experts)
     wrapped, promoted = {}, {}
-    for name, adapter in adapters.items():
+    for name, adapter in (adapters | whole).items():
         wrapped[name] = sum(parameter.numel() for parameter in adapter.adapter_parameters().values())
         if isinstance(adapter, QALoRALinear) and adapter.promoted is not None:
             promoted[name] = _promotion(adapter.base.packed, adapter.promoted)
         model.set_submodule(name, adapter)
-    return Coverage(config.method, wrapped, frozen, formats, total, beside, promoted)
+    fates = {name: module.fate for name, module in whole.items()}
+    return Coverage(config.method, wrapped, frozen, formats, total, beside, promoted, fates)
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -92,13 +104,24 @@ def count_parameters(model: nn.Module) -> int:
     return sum(seen.values())
 
 
-def _wrap(layer: nn.Module, config: AdapterConfig, beside: bool) -> AdapterModule:
+def _wrap(layer: nn.Module, name: str, config: AdapterConfig, beside: bool) -> AdapterModule:
     if isinstance(config, QALoRA):
         if not beside:
             assert isinstance(layer, PackedLinear), "checked by _why_unsuited"
             return QALoRALinear(layer, config)
         config = LoRA(rank=config.rank, alpha=config.alpha)
-    return LoRAExperts(layer, config) if isinstance(layer, ExpertStack) else LoRALinear(layer, config)
+    own = config.at(name)
+    if isinstance(layer, ExpertStack):
+        return LoRAExperts(layer, own)
+    return DoRALinear(layer, own) if own.dora else LoRALinear(layer, own)
+
+
+def _check_patterns(config: LoRA, trained: Sequence[str]) -> None:
+    """Every rank and alpha of its own goes to some layer."""
+    for option, pattern in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
+        used = {key for name in trained if (key := pattern_key(pattern, name)) is not None}
+        if idle := [key for key in pattern if key not in used]:
+            raise AdapterError(f"{option}: no layer that is trained takes what is said of {', '.join(idle)}")
 
 
 def _packed_weights(module: nn.Module) -> Iterator[PackedWeight]:
@@ -139,8 +162,12 @@ def _output_head(model: nn.Module) -> nn.Module | None:
     return get_head() if get_head else None
 
 
-def _choose(layers: Mapping[str, nn.Module], targets: str, head: nn.Module | None) -> list[str]:
-    """PEFT's rules: all-linear leaves out the head; names match a full name or its end; else a regular expression."""
+def _choose(layers: Mapping[str, nn.Module], config: AdapterConfig, head: nn.Module | None) -> list[str]:
+    """PEFT's rules: all-linear leaves out the head; names match a full name or its end; else a regular expression.
+
+    What is trained whole is no target.
+    """
+    targets, whole = config.targets, config.modules_to_save if isinstance(config, LoRA) else ()
     parts = [part.strip() for part in targets.split(",")]
     if targets == "all-linear":
         matched = {targets: {name for name, layer in layers.items() if layer is not head}}
@@ -155,7 +182,7 @@ def _choose(layers: Mapping[str, nn.Module], targets: str, head: nn.Module | Non
     if idle:
         endings = sorted({name.rsplit(".", 1)[-1] for name in layers})
         raise AdapterError(f"--targets: no linear layer matches {', '.join(idle)}; there are {', '.join(endings)}")
-    chosen = set().union(*matched.values())
+    chosen = {name for names in matched.values() for name in names if not any(f".{w}." in f".{name}." for w in whole)}
     return [name for name in layers if name in chosen]
 
 
@@ -163,6 +190,8 @@ def _why_unsuited(layer: nn.Module, config: AdapterConfig) -> str | None:
     if isinstance(layer, ExpertStack):
         if isinstance(config, QALoRA):
             return "experts (QA-LoRA trains linear layers)"
+        if config.dora:
+            return "experts (DoRA trains linear layers)"
         return "experts (dropout, which PEFT's adapters of experts lack)" if config.dropout else None
     if not isinstance(config, QALoRA):
         return None

@@ -39,6 +39,7 @@ class Coverage:
         total_parameters: Parameters of the base, packed ones counted as weights.
         beside: Full name of a layer that has plain LoRA although the method is ``qalora`` -> why.
         promoted: Full name of a layer whose blocks were given offsets -> how, and what it costs.
+        whole: Full name of a module that is trained itself, and not by an update of low rank -> how.
     """
 
     method: str
@@ -48,6 +49,7 @@ class Coverage:
     total_parameters: int
     beside: dict[str, str] = field(default_factory=dict)
     promoted: dict[str, Promotion] = field(default_factory=dict)
+    whole: dict[str, str] = field(default_factory=dict)
 
     @property
     def trainable_parameters(self) -> int:
@@ -70,6 +72,8 @@ class Coverage:
             return f"frozen: {self.frozen[name]}"
         if name in self.beside:
             return f"trained by plain LoRA: {self.beside[name]}"
+        if name in self.whole:
+            return self.whole[name]
         return f"trained, {self.promoted[name]}" if name in self.promoted else "trained"
 
     def as_dict(self) -> dict[str, object]:
@@ -79,6 +83,7 @@ class Coverage:
             "wrapped": self.wrapped,
             "promoted": promoted,
             "beside": self.beside,
+            "whole": self.whole,
             "frozen": self.frozen,
             "formats": self.formats,
         }

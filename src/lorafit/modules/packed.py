@@ -157,7 +157,10 @@ class PackedEmbedding(nn.Module):
         self.num_embeddings, self.embedding_dim = packed.shape
 
     def forward(self, ids: Tensor) -> Tensor:
-        rows = self.packed.take(ids.reshape(-1), self.dtype).view(*ids.shape, self.embedding_dim)
+        return self.scaled(self.packed.take(ids.reshape(-1), self.dtype).view(*ids.shape, self.embedding_dim))
+
+    def scaled(self, rows: Tensor) -> Tensor:
+        """Rows of the table as the model gets them."""
         return rows if self.scale == 1.0 else rows * torch.tensor(self.scale, dtype=self.dtype, device=rows.device)
 
 

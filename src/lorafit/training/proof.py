@@ -10,13 +10,14 @@ from torch import nn
 
 from lorafit.data.packing import Batch
 from lorafit.errors import TrainingError
-from lorafit.modules import adapter_modules
+from lorafit.modules import TrainedTokens, adapter_modules
 
 
 def check_first_gradients(model: nn.Module) -> None:
     """After the first backward pass every adapter must have received a gradient.
 
-    The adapter of a stack of experts counts as one: an expert that got no token has had nothing to learn from yet.
+    The adapter of a stack of experts counts as one: an expert that got no token has had nothing to learn from yet. Nor
+    have single tokens' rows of an embedding, if none of the documents has such a token.
 
     Raises:
         TrainingError: Some adapters had none; they are named.
@@ -24,7 +25,9 @@ def check_first_gradients(model: nn.Module) -> None:
     silent = []
     for name, module in adapter_modules(model).items():
         grads = [parameter.grad for parameter in module.adapter_parameters().values()]
-        if not any(grad is not None and bool(torch.count_nonzero(grad)) for grad in grads):
+        if not isinstance(module, TrainedTokens) and not any(
+            grad is not None and bool(torch.count_nonzero(grad)) for grad in grads
+        ):
             silent.append(name)
     if silent:
         rest = f" and {len(silent) - 5} more" if len(silent) > 5 else ""

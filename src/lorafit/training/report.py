@@ -194,7 +194,8 @@ def _few(names: Sequence[str]) -> str:
 def _coverage(coverage: Coverage) -> list[str]:
     lines = [f"{coverage.trainable_parameters:,} parameters in {len(coverage.wrapped)} layers are trained."]
     promoted = {name: str(promotion) for name, promotion in coverage.promoted.items()}
-    fates = {"Trained": promoted, "Trained by plain LoRA": coverage.beside, "Left frozen": coverage.frozen}
+    beside, whole, frozen = coverage.beside, coverage.whole, coverage.frozen
+    fates = {"Trained": promoted, "Trained by plain LoRA": beside, "Itself": whole, "Left frozen": frozen}
     reasons: dict[tuple[str, str], list[str]] = {}
     for fate, layers in fates.items():
         for name, reason in layers.items():
