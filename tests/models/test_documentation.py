@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 from lorafit.models.families import FAMILIES
-from lorafit.models.tokenizer import _FAMILY_BY_NAME
+from lorafit.models.pretokenizers import FAMILY_BY_NAME
 
 TEXT = (Path(__file__).parents[2] / "docs" / "models.md").read_text(encoding="utf-8")
 
@@ -20,4 +20,4 @@ def test_the_families_are_those_of_the_tables() -> None:
 
 def test_the_number_of_pre_tokenisers() -> None:
     (number,) = re.findall(r"with (\d+) names of pre-tokenisers", TEXT)
-    assert int(number) == len(_FAMILY_BY_NAME)
+    assert int(number) == len(FAMILY_BY_NAME)

@@ -19,7 +19,8 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from lorafit.containers.gguf import GGUFFile
 from lorafit.errors import ModelError
-from lorafit.models.tokenizer import _FAMILIES, _FAMILY_BY_NAME, end_of_turn_ids, tokenizer_from_gguf
+from lorafit.models.pretokenizers import FAMILIES, FAMILY_BY_NAME
+from lorafit.models.tokenizer import end_of_turn_ids, tokenizer_from_gguf
 from tests.oracles.llamacpp import LlamaCppOracle
 
 NASTY = [
@@ -168,7 +169,7 @@ def random_texts(count: int) -> list[str]:
 
 
 class TestByteLevel:
-    @pytest.mark.parametrize("pre", sorted(_FAMILY_BY_NAME))
+    @pytest.mark.parametrize("pre", sorted(FAMILY_BY_NAME))
     def test_each_pre_tokeniser(self, tmp_path: Path, pre: str) -> None:
         assert_tokens_equal(write_byte_level(tmp_path / "vocab.gguf", pre), [*NASTY, *CHATS, *random_texts(300)])
 
@@ -176,11 +177,11 @@ class TestByteLevel:
         """Else the test above would pass with a name in the wrong family."""
         texts = random_texts(300)
         tokens = []
-        for family in _FAMILIES:
+        for family in FAMILIES:
             tokenizer = build(write_byte_level(tmp_path / "vocab.gguf", family.names.split()[0], add_bos_token=False))
             tokens.append(tokenizer(texts).input_ids)
-        for a, b in itertools.combinations(range(len(_FAMILIES)), 2):
-            assert tokens[a] != tokens[b], f"{_FAMILIES[a].names} | {_FAMILIES[b].names}"
+        for a, b in itertools.combinations(range(len(FAMILIES)), 2):
+            assert tokens[a] != tokens[b], f"{FAMILIES[a].names} | {FAMILIES[b].names}"
 
     @pytest.mark.parametrize("pre", ["gpt-2", "llama-bpe"])
     @pytest.mark.parametrize("add_bos", [True, False])

@@ -69,6 +69,7 @@ class GGUFFile:
         self.path = path
         self.metadata, self.tensors = parser.parse()
         self.table_at, self.alignment = parser.table_at, parser.alignment
+        self._entries = parser.entries
         self._mapped = mapped
 
     @classmethod
@@ -90,6 +91,11 @@ class GGUFFile:
             mapped = map_file(file)
         return cls(path, mapped)
 
+    def raw_value(self, key: str) -> bytes:
+        """Type and value of a metadata entry, as they lie in the file."""
+        start, end = self._entries[key]
+        return self._mapped[start:end]
+
     def blocks(self, name: str) -> Tensor:
         """The packed data of a tensor as they lie in the file: uint8 [rows, row_bytes], not copied.
 
@@ -110,6 +116,7 @@ class _Parser:
         self.at = 4
         self.table_at = 0
         self.alignment = 32
+        self.entries: dict[str, tuple[int, int]] = {}  # where type and value of each key lie
 
     def parse(self) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
         version = self.number("<I")
@@ -126,7 +133,9 @@ class _Parser:
             key = self.string()
             if key in metadata:
                 raise self.broken(f"the key {_quoted(key)} stands twice in its metadata")
+            start = self.at
             metadata[key] = self.value(self.number("<I"), key)
+            self.entries[key] = (start, self.at)
         self.table_at = self.at
         entries = [self.tensor() for _ in range(tensor_count)]
         self.alignment = alignment = metadata.get("general.alignment", self.alignment)

@@ -143,7 +143,7 @@ def write_gguf_lora(
     written = GGUFFile.open(path)
     same = written.metadata == metadata and written.tensors.keys() == tensors.keys()
     if not same or not all(
-        torch.equal(written.blocks(name).reshape(-1), tensor.blocks().reshape(-1)) for name, tensor in tensors.items()
+        torch.equal(written.blocks(name), torch.cat(list(tensor.pieces()))) for name, tensor in tensors.items()
     ):
         raise MergeError(f"{path.name} is not kept: what was written is not the adapter; check the disk")
 
@@ -153,7 +153,7 @@ def _new_tensor(values: Tensor, dtype: str, module: str) -> NewTensor:
         blocks = quantize(values.reshape(-1, values.shape[-1]), dtype).blocks
     except FormatError as error:
         raise MergeError(f"the adapter of {module} cannot be written: {error}") from None
-    return NewTensor(dtype, tuple(values.shape), lambda: blocks)
+    return NewTensor(dtype, tuple(values.shape), lambda: [blocks])
 
 
 def read_gguf_lora(path: Path, pieces: Sequence[Piece]) -> list[Piece]:

@@ -21,8 +21,7 @@ name. (It means the white space of ASCII; here, other white space directly behin
 
 from __future__ import annotations
 
-import re
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -32,15 +31,16 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from lorafit.containers.gguf import GGUFFile
 from lorafit.errors import ModelError
+from lorafit.models.pretokenizers import FAMILY_BY_NAME, missing_bytes
 
 # Values of tokenizer.ggml.token_type.
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED = 1, 2, 3, 4, 5
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
-_SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
+SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
 
 # Tokens that end a turn or a text in the model families of today. llama.cpp stops at them by name, whatever the file
 # says of their type, and so they count as special here too.
-_ENDINGS = (
+ENDINGS = (
     "<|eot_id|>",
     "<|eom_id|>",
     "<|im_end|>",
@@ -59,74 +59,6 @@ _ENDINGS = (
 )
 
 
-@dataclass(frozen=True)
-class _Family:
-    """Pre-tokenisers that cut words alike.
-
-    Attributes:
-        names: Their values of ``tokenizer.ggml.pre``.
-        splits: Expressions applied one after the other, each within the pieces that the ones before left.
-        add_bos: Whether a text starts with the bos token, when the file does not say.
-        ignore_merges: Whether a word that is a token as it stands is taken whole.
-    """
-
-    names: str
-    splits: tuple[str, ...]
-    add_bos: bool = False
-    ignore_merges: bool = False
-
-
-_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-_CONTRACTION = r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"
-_SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
-_OTHER = rf" ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_SPACES}"
-_OTHER_OR_SLASH = rf" ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_SPACES}"
-_WORD = r"[^\r\n\p{L}\p{N}]?\p{L}+"
-# A word in which capitals come before small letters; a letter outside ASCII counts as both.
-_CAPITALS_FIRST, _CAPITALS_ONLY = (
-    rf"[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}&&[^a-z]]{some}[\p{{L}}&&[^A-Z]]{more}" for some, more in (("*", "+"), ("+", "*"))
-)
-
-_FAMILIES = (
-    _Family("gpt-2 phi-2 mpt olmo jais trillion granite-docling exaone4 mellum gigachat a.x-4.0", (_GPT2,)),
-    _Family("smollm starcoder refact command-r codeshell exaone minerva-7b", (r"\p{N}", _GPT2)),
-    _Family("default", (r"[\p{P}$+<=>^~|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]")),
-    _Family(
-        "llama-bpe llama3 llama-v3 falcon3 falcon-h1 pixtral midm-2.0 lfm2",
-        (rf"{_CONTRACTION}|{_WORD}|\p{{N}}{{1,3}}|{_OTHER}",),
-        add_bos=True,
-        ignore_merges=True,
-    ),
-    _Family("dbrx smaug-bpe", (rf"{_CONTRACTION}|{_WORD}|\p{{N}}{{1,3}}|{_OTHER}",)),
-    _Family(
-        "qwen2 deepseek-r1-qwen stablelm2 hunyuan megrez",
-        (rf"{_CONTRACTION}|{_WORD}|\p{{N}}|{_OTHER}",),
-    ),
-    _Family(
-        "qwen35",
-        (
-            rf"{_CONTRACTION}|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+|\p{{N}}"
-            rf"| ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*|{_SPACES}",
-        ),
-    ),
-    _Family(
-        "tekken",
-        (rf"{_CAPITALS_FIRST}|{_CAPITALS_ONLY}|\p{{N}}|{_OTHER_OR_SLASH}",),
-        add_bos=True,
-        ignore_merges=True,
-    ),
-    _Family(
-        "gpt-4o llama4",
-        (
-            rf"{_CAPITALS_FIRST}{_CONTRACTION}?|{_CAPITALS_ONLY}{_CONTRACTION}?"
-            rf"|\p{{N}}{{1,3}}|{_OTHER_OR_SLASH}",
-        ),
-    ),
-    _Family("deepseek-coder", (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", r"[一-龥ࠀ-一가-퟿&&\S]+", r"\p{N}")),
-)
-_FAMILY_BY_NAME = {name: family for family in _FAMILIES for name in family.names.split()}
-
-
 def tokenizer_from_gguf(gguf: GGUFFile) -> PreTrainedTokenizerFast:
     """Build the tokenizer that a GGUF file describes.
 
@@ -140,7 +72,32 @@ def tokenizer_from_gguf(gguf: GGUFFile) -> PreTrainedTokenizerFast:
     Raises:
         ModelError: The file has no tokenizer, a broken one, or one whose algorithm or pre-tokeniser is not supported.
     """
-    return _Reader(gguf).tokenizer()
+    return tokenizer_from_metadata(gguf.metadata, str(gguf.path))
+
+
+def tokenizer_from_metadata(metadata: Mapping[str, Any], where: str) -> PreTrainedTokenizerFast:
+    """The same of a file that is not there yet.
+
+    Args:
+        metadata: What it says.
+        where: What messages start with.
+
+    Raises:
+        ModelError: As :func:`tokenizer_from_gguf`.
+    """
+    return _Reader(metadata, where).tokenizer()
+
+
+def all_merges(tokens: Iterable[str]) -> list[tuple[str, str]]:
+    """Every way to put a token together from two others, or from characters that are none, in the order of tokens."""
+    tokens = list(tokens)
+    parts = set(tokens).union(*tokens)
+    return [
+        (left, right)
+        for token in tokens
+        for cut in range(1, len(token))
+        if (left := token[:cut]) in parts and (right := token[cut:]) in parts
+    ]
 
 
 def end_of_turn_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
@@ -151,7 +108,7 @@ def end_of_turn_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     Args:
         tokenizer: Any tokenizer of transformers, from a GGUF file or not.
     """
-    named = [*_ENDINGS, *(tokenizer.special_tokens_map.get(name) for name in ("eot_token", "eom_token"))]
+    named = [*ENDINGS, *(tokenizer.special_tokens_map.get(name) for name in ("eot_token", "eom_token"))]
     found = {token: tokenizer.convert_tokens_to_ids(token) for token in named if token}
     # A token that is not there has the id of the unknown one, or none.
     ids = {i for token, i in found.items() if i is not None and tokenizer.convert_ids_to_tokens(i) == token}
@@ -161,10 +118,10 @@ def end_of_turn_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
 class _Reader:
     """Reads the ``tokenizer.*`` metadata of one file."""
 
-    def __init__(self, gguf: GGUFFile) -> None:
-        self.path = gguf.path
-        self.metadata = gguf.metadata
-        name = str(gguf.metadata.get("general.name", "")).lower()
+    def __init__(self, metadata: Mapping[str, Any], where: str) -> None:
+        self.path = where
+        self.metadata = metadata
+        name = str(metadata.get("general.name", "")).lower()
         self.is_phi3 = "phi-3" in name or "phi3" in name
         self.tokens: list[str] = self.needed("tokens", list)
         self.types = self.token_types()
@@ -179,8 +136,8 @@ class _Reader:
             bos, eos, unknown = 1, 2, 0
         else:
             raise ModelError(f"{self.path}: its tokenizer is of the kind {model!r}; lorafit reads gpt2 and llama")
-        backend.add_special_tokens([self.added(i) for i in self.of_type(_CONTROL, _UNKNOWN)])
-        backend.add_tokens([self.added(i) for i in self.of_type(_USER_DEFINED)])
+        backend.add_special_tokens([self.added(i) for i in self.of_type(CONTROL, UNKNOWN)])
+        backend.add_tokens([self.added(i) for i in self.of_type(USER_DEFINED)])
         named = {
             "bos_token": self.token("bos_token_id", bos),
             "eos_token": self.token("eos_token_id", eos),
@@ -208,9 +165,9 @@ class _Reader:
     def byte_level(self) -> tuple[Tokenizer, bool]:
         """GPT-2's kind; also whether its texts start with bos by default."""
         name = self.needed("pre", str)
-        family = _FAMILY_BY_NAME.get(name)
+        family = FAMILY_BY_NAME.get(name)
         if family is None:
-            known = ", ".join(sorted(_FAMILY_BY_NAME))
+            known = ", ".join(sorted(FAMILY_BY_NAME))
             raise ModelError(f"{self.path}: unknown pre-tokeniser {name!r}; supported are {known}")
         merges = [_pair(merge) for merge in self.needed("merges", list)]
         backend = Tokenizer(self.bpe(merges, ignore_merges=family.ignore_merges))
@@ -218,8 +175,8 @@ class _Reader:
         to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         steps = [*splits, to_bytes]
         # A byte without a token is dropped, but what stood on its two sides does not merge.
-        if missing := set(to_bytes.alphabet()).difference(self.tokens):
-            steps.append(pre_tokenizers.Split(Regex("|".join(map(re.escape, sorted(missing)))), "removed"))
+        if missing := missing_bytes(self.tokens):
+            steps.append(pre_tokenizers.Split(Regex(missing), "removed"))
         backend.pre_tokenizer = pre_tokenizers.Sequence(steps)
         backend.decoder = decoders.ByteLevel()
         return backend, family.add_bos
@@ -232,10 +189,10 @@ class _Reader:
         backend = Tokenizer(
             self.bpe(self.merges_by_score(scores), unk_token=unknown, fuse_unk=True, byte_fallback=True)
         )
-        to_blocks = normalizers.Replace(" ", _SPACE)
-        to_text = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+        to_blocks = normalizers.Replace(" ", SPACE)
+        to_text = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
         if self.optional("add_space_prefix", bool, True):
-            backend.normalizer = normalizers.Sequence([normalizers.Prepend(_SPACE), to_blocks])
+            backend.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), to_blocks])
             to_text.append(decoders.Strip(" ", 1, 0))
         else:
             backend.normalizer = to_blocks
@@ -244,16 +201,9 @@ class _Reader:
 
     def merges_by_score(self, scores: np.ndarray) -> list[tuple[str, str]]:
         """Every way to put a token together from two others, best score first."""
-        mergeable = sorted(self.of_type(_NORMAL, _UNUSED), key=lambda i: -scores[i])
+        mergeable = sorted(self.of_type(NORMAL, UNUSED), key=lambda i: -scores[i])
         tokens = [self.tokens[i] for i in mergeable]
-        known = set(tokens)
-        parts = known.union(*known)  # and every character of every token
-        merges = [
-            (left, right)
-            for token in tokens
-            for cut in range(1, len(token))
-            if (left := token[:cut]) in parts and (right := token[cut:]) in parts
-        ]
+        known, merges = set(tokens), all_merges(tokens)
         for left, right in merges:
             if left not in known or right not in known:  # llama.cpp merges such characters, BPE cannot
                 missing = left if left not in known else right
@@ -275,11 +225,11 @@ class _Reader:
 
     def token_types(self) -> list[int]:
         types = self.metadata.get("tokenizer.ggml.token_type")
-        types = [_NORMAL] * len(self.tokens) if types is None else types.tolist()
+        types = [NORMAL] * len(self.tokens) if types is None else types.tolist()
         if len(types) != len(self.tokens):
             raise ModelError(f"{self.path}: {len(types)} token types for {len(self.tokens)} tokens")
-        endings = set(_ENDINGS)
-        return [_CONTROL if token in endings else kind for token, kind in zip(self.tokens, types, strict=True)]
+        endings = set(ENDINGS)
+        return [CONTROL if token in endings else kind for token, kind in zip(self.tokens, types, strict=True)]
 
     def of_type(self, *wanted: int) -> list[int]:
         return [i for i, kind in enumerate(self.types) if kind in wanted]
@@ -287,7 +237,7 @@ class _Reader:
     def added(self, i: int) -> AddedToken:
         token = self.tokens[i]
         swallows = self.is_phi3 and token not in ("<unk>", "<s>", "<|endoftext|>")
-        return AddedToken(token, normalized=False, special=self.types[i] != _USER_DEFINED, rstrip=swallows)
+        return AddedToken(token, normalized=False, special=self.types[i] != USER_DEFINED, rstrip=swallows)
 
     def token(self, name: str, default: int | None) -> str | None:
         """The token that an entry such as ``bos_token_id`` points to."""
