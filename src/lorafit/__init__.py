@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lorafit import formats as formats
     from lorafit import nn as nn
+    from lorafit.adapters.pretrained import attach as attach
     from lorafit.commands.export import export as export
     from lorafit.commands.merge import merge as merge
     from lorafit.commands.train import train as train
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from lorafit.config import QLoRA as QLoRA
     from lorafit.config import TrainConfig as TrainConfig
     from lorafit.models.load import load as load
-    from lorafit.modules.attach import attach as attach
 
 # GNU's OpenMP, which torch loads, lets idle threads spin for milliseconds by default. On a machine that does anything
 # else, each of the thousands of small parallel regions in a step then waits for a thread that lost its core: with one
@@ -37,7 +37,7 @@ _HOME = {
     "QALoRA": "lorafit.config",
     "QLoRA": "lorafit.config",
     "TrainConfig": "lorafit.config",
-    "attach": "lorafit.modules.attach",
+    "attach": "lorafit.adapters.pretrained",
     "export": "lorafit.commands.export",
     "formats": None,
     "load": "lorafit.models.load",

@@ -10,8 +10,9 @@ import errno
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TextIO
 
 from cyclopts import App, CycloptsError, Parameter
 from cyclopts.completion import ShellDetectionError
@@ -20,7 +21,7 @@ from cyclopts.exceptions import MissingArgumentError, UnusedCliTokensError
 
 from lorafit import __version__
 from lorafit.config import read_settings
-from lorafit.errors import ConfigError, LorafitError, MissingFileError
+from lorafit.errors import ConfigError, LorafitError, LorafitWarning, MissingFileError
 
 INTERRUPTED = 130
 
@@ -105,7 +106,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if debug:
         words.remove("--debug")
     try:
-        app(words)
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            app(words)
         sys.stdout.flush()
         return 0
     except KeyboardInterrupt:
@@ -120,6 +123,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
             traceback.print_exc()
     print(message, file=sys.stderr)
     return code
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """Ours in one line for the user, others with the place in the code that they come from; see ``warnings``."""
+    where = "" if issubclass(category, LorafitWarning) else f"{filename}:{lineno}: {category.__name__}: "
+    print(f"warning: {where}{message}", file=file or sys.stderr)
 
 
 def _explain(error: Exception) -> tuple[int, str]:

@@ -68,3 +68,7 @@ class TrainingError(LorafitError, RuntimeError):
 
 class DependencyError(LorafitError, ImportError):
     """An optional package that this operation needs is not installed."""
+
+
+class LorafitWarning(UserWarning):
+    """Something that works and may still not be what was meant; its text is meant for the user."""

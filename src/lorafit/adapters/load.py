@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lorafit.adapters.parts import parts, place_in_base
 from lorafit.adapters.peft import AdapterRecord, read_offsets_file, read_record, read_weights
+from lorafit.adapters.pretrained import save_as_adapter
 from lorafit.config import QALoRA
 from lorafit.errors import AdapterError, ConfigError
 from lorafit.modules import AdapterModule, Coverage, QALoRALinear, adapter_modules, attach
@@ -49,6 +50,7 @@ def load_adapter(
     modules = adapter_modules(model)
     if hold_offsets and isinstance(record.config, QALoRA):
         problems += _hold_offsets(modules, read_offsets_file(directory))
+    save_as_adapter(model, record.config)
     if problems:
         rest = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise AdapterError(f"{directory} does not fit the model: {'; '.join(problems[:5])}{rest}")

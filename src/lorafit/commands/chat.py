@@ -21,12 +21,14 @@ def chat_command(
     model: str,
     /,
     *,
+    adapter: str | None = None,
     sampling: Annotated[Sampling | None, Parameter(name="*")] = None,
 ) -> None:
     """Talk with a model or a run.
 
     Args:
         model: A .gguf file, a Hugging Face directory, smollm2-135m, or the directory of a run.
+        adapter: Directory of an adapter for this model, as PEFT or lorafit writes them.
         sampling: How the answers are drawn.
     """
     # Importing it is what gives input() its line editing; Windows has its own.
@@ -37,7 +39,7 @@ def chat_command(
 
     console = Console()
     sampling = sampling or Sampling()
-    loaded, tokenizer = load(model)
+    loaded, tokenizer = load(model, adapter=adapter)
     console.print(HELP, style="dim")
     messages: list[Message] = []
     while True:

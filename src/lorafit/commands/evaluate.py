@@ -24,19 +24,26 @@ _PASS_TOKENS = 2048
 
 
 def evaluate(
-    model: str, data: str, *, shots: int = 0, shots_from: str | None = None, console: Console | None = None
+    model: str,
+    data: str,
+    *,
+    adapter: str | None = None,
+    shots: int = 0,
+    shots_from: str | None = None,
+    console: Console | None = None,
 ) -> dict[str, Metrics]:
     """Measures a model, or the base and the tuned model of a run, on a file of examples.
 
     Args:
         model: A .gguf file, a Hugging Face directory, smollm2-135m, or the directory of a run.
         data: Held-out rows.
+        adapter: Directory of an adapter for this model, as PEFT or lorafit writes them.
         shots: How many examples the base is also given in its prompt.
         shots_from: The file whose first rows these examples are.
         console: Where to say what is going on.
 
     Returns:
-        ``base``, then ``base + N shots`` if there are any, then ``tuned`` for a run.
+        ``base``, then ``base + N shots`` if there are any, then ``tuned`` with an adapter.
 
     Raises:
         ConfigError: Only one of ``shots`` and ``shots_from`` is given, or the file has fewer rows.
@@ -57,7 +64,7 @@ def evaluate(
     given = read_examples(shots_from) if shots_from else []
     if shots > len(given):
         raise ConfigError(f"--shots is {shots}, but {shots_from} has {len(given)} rows")
-    loaded, tokenizer = load(model)
+    loaded, tokenizer = load(model, adapter=adapter)
     context = loaded.config.max_position_embeddings
 
     def measure(name: str, documents: Sequence[Document]) -> Metrics:
@@ -105,19 +112,27 @@ def _with_shots(example: Example, shots: Sequence[Example], own: int, tokenizer:
 
 
 def evaluate_command(
-    model: str, data: str, /, *, shots: int = 0, shots_from: str | None = None, json: bool = False
+    model: str,
+    data: str,
+    /,
+    *,
+    adapter: str | None = None,
+    shots: int = 0,
+    shots_from: str | None = None,
+    json: bool = False,
 ) -> None:
-    """Measure a model on a file of examples; for a run, base against tuned.
+    """Measure a model on a file of examples; for a run or with an adapter, base against tuned.
 
     Args:
         model: A .gguf file, a Hugging Face directory, smollm2-135m, or the directory of a run.
         data: Held-out rows, in a .jsonl file as for training.
+        adapter: Directory of an adapter for this model, as PEFT or lorafit writes them.
         shots: Also measure the base with this many examples as earlier turns of every prompt: would a prompt do?
         shots_from: The file whose first rows are these examples, for example the training data.
         json: Print one JSON document on stdout; the text goes to stderr.
     """
     console = Console(json=json)
-    results = evaluate(model, data, shots=shots, shots_from=shots_from, console=console)
+    results = evaluate(model, data, adapter=adapter, shots=shots, shots_from=shots_from, console=console)
     rows = [(name, m.loss, m.perplexity, f"{m.token_accuracy:.1%}", m.tokens) for name, m in results.items()]
     console.table("", ["model", "loss", "perplexity", "token accuracy", "answer tokens"], rows)
     console.result({"model": model, "data": data, **{name: metrics.as_dict() for name, metrics in results.items()}})

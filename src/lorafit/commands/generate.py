@@ -28,7 +28,7 @@ class Sampling:
         temperature: 0 takes the likeliest token every time; 1 draws from the model's own probabilities.
         top_p: Draw from the likeliest tokens that have this probability together. Only with --temperature above 0.
         seed: Seed of the draw. Only with --temperature above 0. [default: 0]
-        base: Answer as the base model does, with the run's adapter switched off.
+        base: Answer as the base model does, with the adapter switched off.
     """
 
     max_tokens: int = 512
@@ -77,6 +77,7 @@ def generate_command(
     prompt: Annotated[str, Parameter(allow_leading_hyphen=True)],
     /,
     *,
+    adapter: str | None = None,
     sampling: Annotated[Sampling | None, Parameter(name="*")] = None,
 ) -> None:
     """Answer one prompt.
@@ -84,6 +85,7 @@ def generate_command(
     Args:
         model: A .gguf file, a Hugging Face directory, smollm2-135m, or the directory of a run.
         prompt: What the user says; - reads it from standard input.
+        adapter: Directory of an adapter for this model, as PEFT or lorafit writes them.
         sampling: How the answer is drawn.
     """
     # Hyphens are let through for the sake of "-", and so a mistyped option can end up here.
@@ -96,7 +98,7 @@ def generate_command(
     from lorafit.models.load import load
 
     console = Console()
-    loaded, tokenizer = load(model)
+    loaded, tokenizer = load(model, adapter=adapter)
     for piece in (sampling or Sampling()).answer(loaded, tokenizer, [{"role": "user", "content": text}]):
         console.stream(piece)
     console.stream("\n")

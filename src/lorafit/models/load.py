@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,14 +10,16 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lorafit.adapters import AdapterRecord, load_adapter, read_record
+from lorafit.adapters.peft import CONFIG_FILE
+from lorafit.adapters.pretrained import Origin, remember_origin
 from lorafit.config import Compute, Quantize
-from lorafit.containers.atomic import fingerprint
 from lorafit.containers.gguf import GGUFFile
 from lorafit.containers.stamp import take_stamp
-from lorafit.errors import AdapterError, ConfigError, MissingFileError, ModelError
+from lorafit.errors import ConfigError, MissingFileError, ModelError
 from lorafit.formats import block_format
 from lorafit.models import directory, keymap
 from lorafit.models.base import Base
+from lorafit.models.belonging import check_base, quantization_of
 from lorafit.models.gguf import model_from_gguf
 from lorafit.models.longrope import settle_rotary
 from lorafit.models.pull import EMBEDDED, pull
@@ -26,12 +29,18 @@ from lorafit.modules import PackedWeight
 
 
 def load(
-    model: str | Path, *, compute: Compute = "auto", quantize: Quantize | None = None
+    model: str | Path,
+    *,
+    adapter: str | Path | None = None,
+    compute: Compute = "auto",
+    quantize: Quantize | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a base model, or a run with its adapter.
+    """Load a base model, with an adapter if there is one.
 
     Args:
-        model: ``smollm2-135m``, a .gguf file, a Hugging Face directory, or the directory of a run.
+        model: ``smollm2-135m``, a .gguf file, a Hugging Face directory, the directory of a run, or that of an adapter
+            whose base is where the adapter says.
+        adapter: An adapter for this base: a directory that PEFT or lorafit wrote, or a run.
         compute: Arithmetic; ``auto`` is bf16 where the processor multiplies it in hardware, else fp32.
         quantize: Quantise the linear layers of a full-precision base to this while it is loaded. A run knows how its
             base was quantised.
@@ -40,28 +49,48 @@ def load(
         The model in evaluation mode and its tokenizer.
 
     Raises:
-        ConfigError: A run is to be quantised otherwise than it was trained.
+        ConfigError: A run is to be quantised otherwise than it was trained, or to get another adapter.
         MissingFileError: Nothing is there, or the base of the run has gone.
         ContainerError: The file is broken.
         ModelError: The architecture or a tensor is not one that lorafit can use.
         AdapterError: The adapter does not fit its base, or another base lies where its own was.
+
+    Warns:
+        LorafitWarning: Nothing but the shapes of its tensors says that the adapter was trained on this base.
     """
-    adapter = Path(model) / "adapter"
-    if not adapter.is_dir():
+    if adapter is not None and is_adapted(model):
+        raise ConfigError(f"{model} has an adapter of its own; give the base, or leave out the other adapter")
+    if adapter is not None:
+        base = load_adapted(adapter, model, compute=compute, quantize=quantize)[0]
+    elif not is_adapted(model):
         base = load_base(model, compute=compute, quantize=quantize)
-        return base.model, base.tokenizer
-    if quantize:
-        raise ConfigError(f"{model} is a run, which says itself how its base is quantised; leave quantize out")
-    base = load_adapted(model, compute=compute)[0]
+    elif quantize:
+        raise ConfigError(f"{model} says itself how its base is quantised; leave quantize out")
+    else:
+        base = load_adapted(model, compute=compute)[0]
     return base.model, base.tokenizer
 
 
-def load_adapted(directory: str | Path, *, compute: Compute = "auto") -> tuple[Base, AdapterRecord]:
+def is_adapted(model: str | Path) -> bool:
+    """Whether this is a run, or an adapter without its base."""
+    path = Path(model)
+    return (path / "adapter").is_dir() or ((path / CONFIG_FILE).is_file() and not (path / "config.json").is_file())
+
+
+def load_adapted(
+    directory: str | Path,
+    base_model: str | Path | None = None,
+    *,
+    compute: Compute = "auto",
+    quantize: Quantize | None = None,
+) -> tuple[Base, AdapterRecord]:
     """Load the base that an adapter was trained on, quantised as it was then, with the adapter attached.
 
     Args:
         directory: Of a run, or of an adapter alone.
+        base_model: The base; by default what the adapter names.
         compute: Arithmetic.
+        quantize: What a full-precision base is quantised to, if the adapter does not say that.
 
     Raises:
         LorafitError: As for :func:`load`.
@@ -69,12 +98,16 @@ def load_adapted(directory: str | Path, *, compute: Compute = "auto") -> tuple[B
     inner = Path(directory) / "adapter"
     adapter = inner if inner.is_dir() else Path(directory)
     record = read_record(adapter)
-    base = load_base(record.base, compute=compute, quantize=record.quantize, importance=record.importance)
-    if record.base_sha256 and fingerprint(base.path) != record.base_sha256:
-        raise AdapterError(
-            f"{base.path} is not what {directory} was trained on (its SHA-256 is another): it was changed or replaced; "
-            "put the original back, or train anew"
-        )
+    if base_model is None:
+        base_model = record.base
+        if base_model not in EMBEDDED and not (base_model and Path(base_model).exists()):
+            raise MissingFileError(
+                f"{directory} is an adapter for {base_model or 'a base that it does not name'}, which is not here; say "
+                "where it is, as BASE with --adapter"
+            )
+    how = quantization_of(record, quantize, directory)
+    base = load_base(base_model, compute=compute, quantize=how, importance=record.importance)
+    check_base(record, base, directory)
     load_adapter(base.model, adapter)
     return base, record
 
@@ -103,6 +136,13 @@ def load_base(
     """
     if quantize is not None and quantize not in BLOCK_FORMATS:
         raise ConfigError(f"quantize is {quantize!r}, but must be one of {', '.join(BLOCK_FORMATS)}")
+    base = _load_base(model, compute, quantize, importance)
+    name = str(model) if str(model) in EMBEDDED else os.path.abspath(base.path)
+    remember_origin(base.model, Origin(name, base.path, quantize, importance))
+    return base
+
+
+def _load_base(model: str | Path, compute: Compute, quantize: Quantize | None, importance: Importance | None) -> Base:
     path = _resolve(model)
     dtype = compute_dtype(compute)
     _settle_sines()
