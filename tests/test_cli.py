@@ -39,7 +39,9 @@ def run(*words: str, **options: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=60, check=False, **options)
 
 
-@pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["--version"]])
+@pytest.mark.parametrize(
+    "words", [["--help"], ["train", "--help"], ["adapters", "--help"], ["adapters", "combine", "--help"], ["--version"]]
+)
 def test_help_imports_nothing_heavy(words: list[str]) -> None:
     script = (
         f"import sys; from lorafit.cli import main; main({words!r}); print([m for m in {HEAVY} if m in sys.modules])"
@@ -65,9 +67,12 @@ def test_module_and_function_are_the_same_command(capsys: pytest.CaptureFixture[
     assert capsys.readouterr().out.strip() == lorafit.__version__
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", [*COMMANDS, *(f"adapters {name}" for name in ("list", "show", "diff", "combine"))])
 def test_every_option_is_documented(command: str) -> None:
-    arguments = app[command].assemble_argument_collection(parse_docstring=True)
+    chosen = app
+    for word in command.split():
+        chosen = chosen[word]
+    arguments = chosen.assemble_argument_collection(parse_docstring=True)
     undocumented = [
         argument.name
         for argument in arguments

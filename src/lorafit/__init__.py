@@ -14,9 +14,11 @@ if TYPE_CHECKING:
     from lorafit import formats as formats
     from lorafit import nn as nn
     from lorafit.adapters.pretrained import attach as attach
+    from lorafit.commands.adapters import combine as combine
     from lorafit.commands.export import export as export
     from lorafit.commands.merge import merge as merge
     from lorafit.commands.train import train as train
+    from lorafit.config import Combination as Combination
     from lorafit.config import LoRA as LoRA
     from lorafit.config import QALoRA as QALoRA
     from lorafit.config import QLoRA as QLoRA
@@ -33,11 +35,13 @@ __version__ = "0.1.0.dev0"
 
 # Name -> the module that defines it; a module that is public itself maps to None.
 _HOME = {
+    "Combination": "lorafit.config",
     "LoRA": "lorafit.config",
     "QALoRA": "lorafit.config",
     "QLoRA": "lorafit.config",
     "TrainConfig": "lorafit.config",
     "attach": "lorafit.adapters.pretrained",
+    "combine": "lorafit.commands.adapters",
     "export": "lorafit.commands.export",
     "formats": None,
     "load": "lorafit.models.load",
@@ -47,12 +51,14 @@ _HOME = {
 }
 
 __all__ = [
+    "Combination",
     "LoRA",
     "QALoRA",
     "QLoRA",
     "TrainConfig",
     "__version__",
     "attach",
+    "combine",
     "export",
     "formats",
     "load",

@@ -64,6 +64,7 @@ _COMMANDS = {
     "chat": "Talk with a model or a run.",
     "merge": "Write the tuned model as one file, with a certificate that it is the model that was trained.",
     "export": "Write a model in a form that other tools read, with a certificate of what it is.",
+    "adapters": "List, show, compare and combine adapters.",
     "bench": "Measure what this machine does with a model, and how close to its limit.",
     "pull": "Fetch an embedded model into the cache.",
 }

@@ -92,11 +92,11 @@ def combine(adapters: Sequence[Adapter], weights: Sequence[float], recipe: Combi
 
     Raises:
         ConfigError: There is not one finite weight for each adapter.
-        AdapterError: Shapes differ, or ranks, which the method needs to be equal.
+        AdapterError: One is more than low-rank updates, or shapes differ, or ranks, which the method needs to be equal.
     """
     if len(weights) != len(adapters) or not all(map(math.isfinite, weights)):
         raise ConfigError(f"weights are {list(weights)}, but must be {len(adapters)} numbers, one for each adapter")
-    _check_shapes(adapters)
+    _check_fit(adapters)
     mix = None if recipe.method in ("linear", "cat", "svd") else _mixing(recipe)
     limit = recipe.rank or max(update.rank for adapter in adapters for update in adapter.updates.values())
     results, squares, off = {}, 0.0, 0.0
@@ -236,7 +236,14 @@ def _padded(update: Update, rank: int) -> Update:
     return Update(pad(update.a.float(), (0, 0, 0, more)), pad(update.b.float(), (0, more)), update.scale)
 
 
-def _check_shapes(adapters: Sequence[Adapter]) -> None:
+def _check_fit(adapters: Sequence[Adapter]) -> None:
+    for adapter in adapters:
+        if adapter.others:
+            rest = f" and {len(adapter.others) - 1} more" if len(adapter.others) > 1 else ""
+            raise AdapterError(
+                f"{adapter.path} is more than low-rank updates (it holds {adapter.others[0]}{rest}), and only "
+                "those can be combined; merge it into its base"
+            )
     stacks = {tuple(sorted(adapter.fields.get("target_parameters") or [])) for adapter in adapters}
     if len(stacks) > 1:
         raise AdapterError(
@@ -255,11 +262,12 @@ def _check_shapes(adapters: Sequence[Adapter]) -> None:
 
 
 def _targets(combined: Combined) -> dict[str, Any]:
-    """What is adapted, in PEFT's configuration: what any of the adapters names, or if one has a pattern, all names."""
+    """What is adapted, in PEFT's configuration: what any of the adapters names, or if one does more than that, all."""
     fields = [adapter.fields for adapter in combined.adapters]
     named = [each.get("target_modules") or [] for each in fields]
     stacks = fields[0].get("target_parameters") or []
-    if any(isinstance(names, str) for names in named):
+    narrowed = any(each.get(name) for each in fields for name in ("exclude_modules", "layers_to_transform"))
+    if narrowed or any(isinstance(names, str) for names in named):
         modules = [name for name, update in combined.updates.items() if update.a.dim() == 2]
     else:
         modules = sorted(set().union(*named))

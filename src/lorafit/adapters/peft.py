@@ -100,7 +100,7 @@ def read_record(directory: str | Path) -> AdapterRecord:
     path = directory / CONFIG_FILE
     fields = read_fields(path)
     check_fields(path, fields)
-    note = _read_note(directory)
+    note = read_note(directory)
     try:
         if note is None:
             return AdapterRecord(lora_config(fields), fields.get("base_model_name_or_path") or "", "")
@@ -267,7 +267,13 @@ def read_fields(path: Path) -> dict[str, Any]:
     return fields
 
 
-def _read_note(directory: Path) -> dict[str, Any] | None:
+def read_note(directory: Path) -> dict[str, Any] | None:
+    """What the header of the weights says of an adapter; None if lorafit did not write it.
+
+    Raises:
+        MissingFileError: There are no weights.
+        AdapterError: They are broken.
+    """
     path = _weights_file(directory)
     if path.name != WEIGHTS_FILE:
         return None

@@ -119,12 +119,14 @@ class Adapter:
         record: Method, settings and base.
         fields: PEFT's configuration.
         updates: Full name of a layer, as PEFT names it -> its update; layers in the order of the model's blocks.
+        others: Names of the tensors that are more than that: magnitudes of DoRA, modules that were trained whole.
     """
 
     path: Path
     record: AdapterRecord
     fields: Mapping[str, Any]
     updates: Mapping[str, Update]
+    others: Sequence[str]
 
 
 def adapter_directory(path: str | Path) -> Path:
@@ -138,35 +140,35 @@ def read_adapter(path: str | Path) -> Adapter:
 
     Raises:
         MissingFileError: There is none.
-        AdapterError: It is broken, or it is more than low-rank updates.
+        AdapterError: It is broken, or of a kind that lorafit does not know.
     """
     directory = adapter_directory(path)
     record = read_record(directory)
     fields = read_fields(directory / CONFIG_FILE)
     tensors = read_weights(directory)
     factors: dict[str, dict[str, Tensor]] = {}
-    problems = []
-    for key, tensor in tensors.items():
+    problems, others = [], []
+    for key, tensor in sorted(tensors.items()):
         if match := _KEY.fullmatch(key):
             factors.setdefault(match["place"], {})[match["part"]] = tensor
         else:
-            problems.append(f"{key} is no factor of a low-rank update")
+            others.append(key)
         if not bool(torch.isfinite(tensor).all()):
             problems.append(f"{key} holds numbers that are not finite")
     problems += [f"{place} has only one of two factors" for place, parts in factors.items() if len(parts) == 1]
     updates = {}
-    for place in sorted(factors, key=_in_order):
+    for place in sorted(factors, key=in_order):
         if len(factors[place]) == 2:
             update = _update(place, factors[place]["A"], factors[place]["B"], record, fields)
             updates[place] = update
             if update.a.shape[-2] != update.rank:
                 problems.append(f"{place} has {update.a.shape[-2]} rows of A for {update.rank} columns of B")
     if not factors:
-        problems.append("it holds no tensors")
+        problems.append("it holds no low-rank update")
     if problems:
         rest = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise AdapterError(f"{directory} is not an adapter that can be used: {'; '.join(problems[:5])}{rest}")
-    return Adapter(directory, record, fields, updates)
+    return Adapter(directory, record, fields, updates, others)
 
 
 def _update(place: str, a: Tensor, b: Tensor, record: AdapterRecord, fields: Mapping[str, Any]) -> Update:
@@ -182,6 +184,6 @@ def _update(place: str, a: Tensor, b: Tensor, record: AdapterRecord, fields: Map
     return Update(a, b, config.scale)
 
 
-def _in_order(name: str) -> list[tuple[int, str]]:
-    """Sorts names so that block 10 comes after block 9."""
+def in_order(name: str) -> list[tuple[int, str]]:
+    """A key to sort names by, so that block 10 comes after block 9."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]

@@ -143,7 +143,7 @@ def load_base(
 
 
 def _load_base(model: str | Path, compute: Compute, quantize: Quantize | None, importance: Importance | None) -> Base:
-    path = _resolve(model)
+    path = resolve(model)
     dtype = compute_dtype(compute)
     _settle_sines()
     if path.is_dir():
@@ -188,7 +188,7 @@ def is_full_precision(model: str | Path) -> bool:
     Raises:
         LorafitError: As for loading it.
     """
-    path = _resolve(model)
+    path = resolve(model)
     if path.is_dir():
         return directory.is_full_precision(directory.read_fields(path))
     return _is_full_precision(GGUFFile.open(path))
@@ -228,7 +228,13 @@ def _multiplies_bf16() -> bool:
     return any(able.get(name, False) for name in ("amx_bf16", "avx512_bf16", "bf16"))
 
 
-def _resolve(model: str | Path) -> Path:
+def resolve(model: str | Path) -> Path:
+    """Where a model lies; an embedded one is fetched.
+
+    Raises:
+        MissingFileError: Nothing is there.
+        DownloadError: It could not be fetched.
+    """
     if str(model) in EMBEDDED:
         return pull(str(model))
     path = Path(model)
