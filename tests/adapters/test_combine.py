@@ -108,6 +108,22 @@ def test_linear_and_cat_are_the_weighted_sum_of_updates(family: Family, method: 
     assert_same(combined, mixed(peft, (0, 1, 2), WEIGHTS, "cat"))
 
 
+def test_ranks_and_alphas_of_single_layers_count(tiny: TinyLlama, tmp_path: Path) -> None:
+    own = B | {"rank_pattern": {"q_proj": 6, "layers.1.*up_proj": 1}, "alpha_pattern": {"down_proj": 11, "q_proj": 2}}
+    some = C | {"layers_to_transform": [1], "target_modules": ["k_proj", "q_proj"]}
+    peft, adapters = several(tiny.dense(), tmp_path / "in", A, own, some)
+    combined = combine(adapters, WEIGHTS, Combination(method="cat"))
+    assert_same(combined, the_sum(peft, WEIGHTS))
+    assert combined.rank == 12
+    assert_same(combined, mixed(peft, (0, 1, 2), WEIGHTS, "cat"))
+    # The result has one rank, and all layers that any of them has, no more.
+    (tmp_path / "out").mkdir()
+    save_combined(combine(adapters[2:], [1.0], Combination()), tmp_path / "out", adapters[2].record)
+    model = base(tiny)
+    load_adapter(model, tmp_path / "out")
+    assert set(adapter_modules(model)) == {f"model.layers.1.self_attn.{name}_proj" for name in "kq"}
+
+
 @pytest.mark.parametrize(("rank", "expected_rank"), [(None, 4), (1, 1), (3, 3), (7, 7)])
 def test_svd_equals_peft(family: Family, rank: int | None, expected_rank: int) -> None:
     peft, adapters = family
@@ -330,13 +346,15 @@ def test_a_broken_adapter_is_refused_at_once(tiny: TinyLlama, tmp_path: Path) ->
         assert part in str(error.value)
 
 
-def test_more_than_updates_is_not_combined(tiny: TinyLlama, tmp_path: Path) -> None:
-    from tests.adapters.test_peft import rewritten
-
-    saved(tiny, tmp_path, LoRA(rank=2))
-    whole = "base_model.model.lm_head.weight"
-    rewritten(tmp_path / "adapter_model.safetensors", lambda tensors: tensors.update({whole: torch.zeros(1)}))
-    adapter = read_adapter(tmp_path)
-    assert adapter.others == [whole]
-    with pytest.raises(AdapterError, match=r"is more than low-rank updates \(it holds .*lm_head\.weight\)"):
+@pytest.mark.parametrize(
+    ("config", "named"),
+    [
+        (LoRA(rank=2, dora=True), r"down_proj\.lora_magnitude_vector and 13 more"),
+        (LoRA(rank=2, targets="q_proj", modules_to_save=("lm_head",)), r"lm_head\.weight"),
+        (LoRA(rank=2, trainable_token_indices={"embed_tokens": (5, 7)}), r"token_adapter\.trainable_tokens_delta"),
+    ],
+)
+def test_more_than_updates_is_not_combined(tiny: TinyLlama, tmp_path: Path, config: LoRA, named: str) -> None:
+    adapter = saved(tiny, tmp_path, config)
+    with pytest.raises(AdapterError, match=rf"is more than low-rank updates \(it holds .*{named}\)"):
         combine([adapter], [1.0], Combination())

@@ -15,9 +15,10 @@ def fill(model: nn.Module, seed: int = 0, std: float = 0.02) -> None:
     """Random values into every B, which starts at zero: each adapter, and each of its rows, does something else."""
     generator = torch.Generator().manual_seed(seed)
     for module in adapter_modules(model).values():
-        b = module.adapter_parameters()["lora_B" if "lora_B" in module.adapter_parameters() else "qalora_B"]
-        with torch.no_grad():
-            b.copy_(torch.randn(b.shape, generator=generator) * std)
+        for name, b in module.adapter_parameters().items():
+            if name in ("lora_B", "qalora_B"):
+                with torch.no_grad():
+                    b.copy_(torch.randn(b.shape, generator=generator) * std)
 
 
 def documents(lengths: Sequence[int], vocab: int = 320, seed: int = 0, share: float = 0.5) -> list[Document]:

@@ -38,6 +38,7 @@ from lorafit.adapters.peft import (
     AdapterRecord,
     note_of,
     peft_fields,
+    weights_file,
     write_importance,
     write_tensors,
 )
@@ -75,7 +76,7 @@ class Combined:
     def provenance(self) -> dict[str, Any]:
         """How it was made: the method, and each adapter with its weight and the SHA-256 of its file."""
         made_from = [
-            {"path": str(adapter.path.resolve()), "weight": weight, "sha256": fingerprint(adapter.path / WEIGHTS_FILE)}
+            {"path": str(adapter.path.resolve()), "weight": weight, "sha256": fingerprint(weights_file(adapter.path))}
             for adapter, weight in zip(self.adapters, self.weights, strict=True)
         ]
         settings = {name: value for name, value in asdict(self.recipe).items() if value is not None}

@@ -145,7 +145,7 @@ def read_weights(directory: str | Path) -> dict[str, Tensor]:
         MissingFileError: There are none.
         AdapterError: The file is broken, or holds more than one adapter.
     """
-    path = _weights_file(Path(directory))
+    path = weights_file(Path(directory))
     tensors = read_tensors(path) if path.name == WEIGHTS_FILE else _read_pickled(path)
     weights = {present_key(key): tensor for key, tensor in tensors.items()}
     if len(weights) < len(tensors):
@@ -153,7 +153,12 @@ def read_weights(directory: str | Path) -> dict[str, Tensor]:
     return weights
 
 
-def _weights_file(directory: Path) -> Path:
+def weights_file(directory: Path) -> Path:
+    """The file with the tensors of an adapter.
+
+    Raises:
+        MissingFileError: There is none.
+    """
     found = [path for name in (WEIGHTS_FILE, _PICKLED_FILE) if (path := directory / name).is_file()]
     if not found:
         raise MissingFileError(f"{directory / WEIGHTS_FILE}: no such file; the adapter is not complete")
@@ -274,7 +279,7 @@ def read_note(directory: Path) -> dict[str, Any] | None:
         MissingFileError: There are no weights.
         AdapterError: They are broken.
     """
-    path = _weights_file(directory)
+    path = weights_file(directory)
     if path.name != WEIGHTS_FILE:
         return None
     try:
