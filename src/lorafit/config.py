@@ -27,7 +27,7 @@ CombineMethod = Literal[
     "linear", "cat", "svd", "ties", "dare_linear", "dare_ties", "magnitude_prune", "ties_svd", "dare_linear_svd",
     "dare_ties_svd", "magnitude_prune_svd",
 ]  # fmt: skip
-Requantize = Literal["q8_0", "q6_k", "q5_1", "q4_1", "q5_0", "q4_0", "bf16", "f16", "f32", "keep"]
+Requantize = Literal["q8_0", "q6_k", "q5_1", "q5_k", "q5_0", "q4_1", "q4_k", "q4_0", "bf16", "f16", "f32", "keep"]
 
 
 @dataclass(frozen=True, kw_only=True)

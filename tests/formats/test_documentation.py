@@ -42,6 +42,15 @@ def test_what_can_be_trained_and_merged_is_what_has_offsets_or_gets_them() -> No
         assert lora == "yes"
 
 
+def test_what_is_written_and_how() -> None:
+    written = {row[0]: row[6] for row in tables()[0]}
+    assert {name for name, how in written.items() if how == "no"} == {
+        name for name, block in FORMATS.items() if block.pack is None
+    }
+    searched = {row[0] for row in tables()[2]}
+    assert {name for name, how in written.items() if how == "searched"} == searched
+
+
 def test_where_formats_come_from() -> None:
     for name, _, origin, *_ in tables()[0]:
         in_files = FORMATS[name].type_id is not None

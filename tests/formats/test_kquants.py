@@ -9,11 +9,13 @@ from lorafit.errors import FormatError
 from lorafit.formats import FORMATS, dequantize, quantize
 from tests.oracles import ggml
 
-NAMES = ["Q6_K"]
-# The largest magnitude that a block can hold: the largest half, scale and integer.
-LARGEST = {"Q6_K": 65504 * 128 * 32}
-# Squared error as a share of ggml's on larger samples of weights that look like a model's: 0.93 to 0.95.
-USUAL = {"Q6_K": 0.96}
+NAMES = ["Q4_K", "Q5_K", "Q6_K"]
+# The largest negative weight that a block can hold: the largest half times integers.
+LARGEST = {"Q4_K": 65504 * 63, "Q5_K": 65504 * 63, "Q6_K": 65504 * 128 * 32}
+LARGEST_POSITIVE = {"Q4_K": 65504 * 63 * 15, "Q5_K": 65504 * 63 * 31, "Q6_K": 65504 * 128 * 32}
+# Squared error as a share of ggml's for weights that look like a model's: measured 0.95, 0.91 and 0.95 at most.
+USUAL = {"Q4_K": 0.96, "Q5_K": 0.92, "Q6_K": 0.96}
+SUB_BLOCKS = {"Q4_K": 8, "Q5_K": 8, "Q6_K": 16}
 
 
 def weights_of(kind: str, name: str) -> Tensor:
@@ -99,12 +101,13 @@ def test_what_cannot_be_packed_is_refused(name: str) -> None:
         weights[1, 255] = bad
         with pytest.raises(FormatError, match="NaN or infinite"):
             quantize(weights, name)
-    for large in (-1.001 * LARGEST[name], 1.001 * LARGEST[name], 3e38):
+    for large in (-1.001 * LARGEST[name], 1.001 * LARGEST_POSITIVE[name], 3e38, -3e38):
         weights = torch.randn(2, 256)
         weights[1, 3] = large
         with pytest.raises(FormatError, match=f"too large for {name}"):
             quantize(weights, name)
     quantize(torch.full((1, 256), -float(LARGEST[name])), name)
+    quantize(torch.full((1, 256), float(LARGEST_POSITIVE[name])), name)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -112,8 +115,9 @@ def test_every_weight_is_the_nearest_that_its_scales_allow(name: str) -> None:
     """So that no code is written to another weight's place: rounding once more to the same scales changes nothing."""
     weights = weights_of("gaussian", name)
     blocks = quantize(weights, name).blocks.view(-1, FORMATS[name].nbytes)
-    read = dequantize(blocks, name, (len(blocks), 256)).numpy().reshape(len(blocks), 16, 16)
-    for sub_block, wanted in zip(read.reshape(-1, 16), weights.numpy().reshape(-1, 16), strict=True):
+    read = dequantize(blocks, name, (len(blocks), 256)).numpy()
+    size = 256 // SUB_BLOCKS[name]
+    for sub_block, wanted in zip(read.reshape(-1, size), weights.numpy().reshape(-1, size), strict=True):
         gaps = np.abs(sub_block[:, None] - wanted[None, :])
         # Whatever another weight of the sub-block got was there for this one to have.
         assert (np.diagonal(gaps) <= gaps.min(0) * (1 + 1e-5)).all()

@@ -38,7 +38,7 @@ def assert_as_gguf_py(weights: np.ndarray, name: str) -> None:
 
 def test_these_formats_are_packed() -> None:
     packed = {name for name, block in FORMATS.items() if block.pack is not None}
-    assert packed == {*NAMES, "Q6_K", "NF4", "NF4_DQ", "FP4", "FP4_DQ"}
+    assert packed == {*NAMES, "Q4_K", "Q5_K", "Q6_K", "NF4", "NF4_DQ", "FP4", "FP4_DQ"}
 
 
 @st.composite

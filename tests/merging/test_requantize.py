@@ -25,7 +25,7 @@ from tests.oracles.tiny_gguf import TinyLlama, quantize, write_tiny_llama
 
 # Rows of q and k lie in another order in the file; the rest of the layers are Q4_0 and get promoted.
 FROZEN = {"0.attn_q": "Q6_K", "1.attn_k": "Q8_0", "1.ffn_down": "Q6_K", "0.ffn_up": "F16"}
-FORMATS = ["q8_0", "q6_k", "q5_1", "q4_1", "q5_0", "q4_0", "bf16", "f16", "f32"]
+FORMATS = ["q8_0", "q6_k", "q5_1", "q5_k", "q5_0", "q4_1", "q4_k", "q4_0", "bf16", "f16", "f32"]
 
 
 @pytest.fixture(scope="module")

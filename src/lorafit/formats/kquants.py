@@ -17,16 +17,19 @@ the first weights, the next field to those that follow, so that reading a run fi
 Scales: in Q2_K a byte is s and, in its upper half, t. In Q6_K it is s, signed. Q4_K and Q5_K put eight of 6 bits each
 for s and t into 12 bytes, Q3_K sixteen for s; see ``scales_q4_k`` and ``_scales_q3_k``.
 
-Packing is not ggml's, whose error it betters: see ``ksearch``.
+Packing is not ggml's, whose error it betters: see ``ksearch`` and ``koffset``.
 """
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
-from lorafit.formats import ksearch
 from lorafit.formats.block import BlockFormat, as_bytes, fields, half, joined, nibbles
+from lorafit.formats.koffset import shifted
+from lorafit.formats.ksearch import scaled
 
 
 def _in_runs(packed: Tensor, width: int, run: int, sub_blocks: int) -> Tensor:
@@ -49,6 +52,12 @@ def scales_q4_k(packed: Tensor) -> tuple[Tensor, Tensor]:
     s = torch.cat((first & 63, third & 15 | (first >> 6) << 4), dim=1)
     t = torch.cat((second & 63, third >> 4 | (second >> 6) << 4), dim=1)
     return s, t
+
+
+def _pack_scales(s: Tensor, t: Tensor) -> Tensor:
+    """The inverse of ``scales_q4_k``."""
+    low, high = (joined(torch.stack((part[:, :4], part[:, 4:] >> 4), dim=1), 6) for part in (s, t))
+    return torch.cat((low, high, joined(torch.stack((s[:, 4:] & 15, t[:, 4:] & 15), dim=1), 4)), dim=1)
 
 
 def _scales_q3_k(packed: Tensor) -> Tensor:
@@ -107,7 +116,7 @@ def _unpack_q6_k(blocks: Tensor) -> Tensor:
 
 
 def _pack_q6_k(weights: Tensor) -> Tensor:
-    d, s, q = ksearch.scaled(weights)
+    d, s, q = scaled(weights)
     codes = (q + 32).to(torch.uint8)
     return torch.cat(
         (
@@ -120,10 +129,19 @@ def _pack_q6_k(weights: Tensor) -> Tensor:
     )
 
 
+def _pack_offset(weights: Tensor, bits: int) -> Tensor:
+    d, e, s, t, q = shifted(weights, 2**bits - 1)
+    codes = q.to(torch.uint8)
+    numbers = [as_bytes(number.half().view(-1, 1)) for number in (d, e)]
+    fifth = [] if bits == 4 else [_into_runs(codes >> 4, 1, 32)]
+    scales = _pack_scales(s.to(torch.uint8), t.to(torch.uint8))
+    return torch.cat((*numbers, scales, *fifth, _into_runs(codes & 15, 4, 32)), dim=1)
+
+
 FORMATS = (
     BlockFormat("Q2_K", 10, 256, 84, _unpack_q2_k, floats=(80, 82)),
     BlockFormat("Q3_K", 11, 256, 110, _unpack_q3_k, floats=(108,)),
-    BlockFormat("Q4_K", 12, 256, 144, _unpack_q4_k, floats=(0, 2)),
-    BlockFormat("Q5_K", 13, 256, 176, _unpack_q5_k, floats=(0, 2)),
+    BlockFormat("Q4_K", 12, 256, 144, _unpack_q4_k, partial(_pack_offset, bits=4), floats=(0, 2)),
+    BlockFormat("Q5_K", 13, 256, 176, _unpack_q5_k, partial(_pack_offset, bits=5), floats=(0, 2)),
     BlockFormat("Q6_K", 14, 256, 210, _unpack_q6_k, _pack_q6_k, floats=(208,)),
 )

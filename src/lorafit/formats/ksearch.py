@@ -1,7 +1,7 @@
 """Scales for K-quants: numbers of a block and integers of its sub-blocks that give the least squared error.
 
-In Q6_K the weights of sub-block i are w = d·s_i·q. Three things are to be found, and none is independent of the others:
-the integers q, the integer scales s_i, and d in half precision.
+In Q6_K the weights of sub-block i are w = d·s_i·q. Three things are to be found, and none without the others: the
+integers q of the weights, the integer scales s_i, and d in half precision.
 
 **Sub-blocks first.** For given q the best factor of a sub-block is a* = Σwq / Σq², and what it leaves is
 Σw² - (Σwq)² / Σq². The q are those that rounding w/a gives for a few a, which put the weight of largest magnitude on
@@ -16,7 +16,7 @@ matters where s is a small number: then the next larger one is often better than
 another chance. The best of the rounds stays, by the error of what will be read from the file.
 
 All sums are halves added to halves, and everything else is one rounded operation, so that the same weights give the
-same bits on every processor.
+same bits on every processor. ``koffset`` does the same for blocks with offsets.
 """
 
 from __future__ import annotations
@@ -26,15 +26,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-_HALF_MAX, _HALF_MIN = 65504.0, 2.0**-24  # the largest half-precision number, and the smallest above zero
-_BEYOND = 65520.0  # from here on, rounding to half precision gives infinity
-_NOISE = 2.0**-22  # of sums in float32
-_ROUNDS = 2
+_HALF_MAX, HALF_MIN = 65504.0, 2.0**-24  # the largest half-precision number, and the smallest above zero
+BEYOND = 65520.0  # from here on, rounding to half precision gives infinity
+NOISE = 2.0**-22  # of sums in float32; less than it is no gain
+ROUNDS = 2
 
-# Codes for the weight of largest magnitude in a sub-block of Q6_K, whose codes are -32 to 31.
+# Codes for the weight of largest magnitude in a sub-block of Q6_K, whose codes are -32 to 31. The first is best for
+# equal weights: a power of two.
 _REACHES = (-32.0, -31.25, -31.6, -32.25, -32.5, -33.0, -33.5, -34.0, 30.7, 31.0, 31.4, 32.0)
-# Integers for the largest scale of a block of Q6_K; they are -128 to 127.
-_LARGEST = torch.cat((torch.arange(-128.0, -112.0), torch.tensor([127.0])))
+# Integers for the largest scale of a block of Q6_K, which are -128 to 127.
+_LEVELS = torch.cat((torch.arange(-128.0, -112.0), torch.tensor([127.0])))
 
 
 class Scaled(NamedTuple):
@@ -57,21 +58,20 @@ def scaled(weights: Tensor) -> Scaled:
     Args:
         weights: Finite, float32 [n, 256].
     """
-    too_large = weights.abs().amax(1) >= _BEYOND * 128 * 32
-    # Weights, sub-blocks, blocks: sums over the first are sums of long rows.
-    w = weights.masked_fill(too_large[:, None], 0).view(-1, 16, 16).permute(2, 1, 0).contiguous()
+    too_large = weights.abs().amax(1) >= BEYOND * 128 * 32
+    w = in_columns(weights.masked_fill(too_large[:, None], 0), 16)
     factor, squares = _factors(w)
-    d = _largest(factor) / _LARGEST[:, None].to(w.device)
+    d = extreme(factor) / _LEVELS[:, None].to(w.device)
     found: tuple[Tensor, ...] = ()
-    for _ in range(_ROUNDS):
-        d, s = _rounded_scales(d, factor, squares)
-        q = _codes(w, d * s, -32, 31)
-        error = _sum(_sum((q * (d * s) - w).square_()))
-        candidate = error, d, s, q
-        found = _better(candidate, found) if found else candidate
-        products, squares = _sum(w * q), _sum(q * q)
+    for _ in range(ROUNDS):
+        d, s = rounded_scales(d, factor, squares, (-128, 127), 16)
+        a = d * s
+        q = (w * inverse(a)).round_().clamp_(-32, 31)
+        error = added(added((q * a - w).square_()))
+        found = better((error, d, s, q), found)
+        products, squares = added(w * q), added(q * q)
         factor = products / squares.clamp(min=1)
-        fitted = _sum(s * products) / _sum(s * s * squares).clamp(min=1)
+        fitted = added(s * products) / added(s * s * squares).clamp(min=1)
         d = torch.stack((fitted, d))
     _, d, s, q = found
     return Scaled(d.masked_fill(too_large, torch.inf), s.T, q.permute(2, 1, 0))
@@ -79,69 +79,81 @@ def scaled(weights: Tensor) -> Scaled:
 
 def _factors(w: Tensor) -> tuple[Tensor, Tensor]:
     """The best factors of sub-blocks, and Σq² of their codes: [16, 16, n] -> two [16, n]."""
-    inverse = _inverse(_largest(w))
+    one_code, total = inverse(extreme(w)), added(w * w)
     best: tuple[Tensor, ...] = ()
     for reach in _REACHES:
-        q = (w * (inverse * reach)).round_().clamp_(-32, 31)
-        products, squares = _sum(w * q), _sum(q * q).clamp_(min=1)
-        gain = products.square() / squares
-        candidate = -gain, products, squares
-        # Less than the sums are off by is no gain: equal weights are best left on -32, a power of two.
-        best = _better((-gain + gain * _NOISE, products, squares), best) if best else candidate
+        q = (w * (one_code * reach)).round_().clamp_(-32, 31)
+        products, squares = added(w * q), added(q * q).clamp_(min=1)
+        best = better((total - products.square() / squares, products, squares), best, NOISE * total)
     _, products, squares = best
     return products / squares, squares
 
 
-def _rounded_scales(d: Tensor, factor: Tensor, squares: Tensor) -> tuple[Tensor, Tensor]:
+def rounded_scales(
+    d: Tensor, factor: Tensor, squares: Tensor, limits: tuple[int, int], weights: int | None
+) -> tuple[Tensor, Tensor]:
     """The d that costs least, in half precision, with the integers of its sub-blocks.
 
     Args:
         d: Those to choose from, [k, n].
-        factor: What d·s shall be, [16, n].
-        squares: Σq² of each sub-block, [16, n].
+        factor: What d·s shall be, [sub-blocks, n].
+        squares: What the square of the difference counts in each sub-block, [sub-blocks, n].
+        limits: The least and the largest s.
+        weights: How many a sub-block has, for what a larger factor costs at most; None if that does not hold.
 
     Returns:
-        d [n] and s [16, n].
+        d [n] and s [sub-blocks, n].
     """
     # Where d would be zero in half precision, the least that is not: its first multiples are what scales there are.
-    nonzero = torch.where(d == 0, 0, d.abs().clamp(_HALF_MIN, _HALF_MAX).copysign(d))
+    nonzero = torch.where(d == 0, 0, d.abs().clamp(HALF_MIN, _HALF_MAX).copysign(d))
     d = nonzero.half().float()
-    below = (factor * _inverse(d)[:, None]).floor_().clamp_(-128, 127)
-    above = (below + 1).clamp_(max=127)
+    below = (factor * inverse(d)[:, None]).floor_().clamp_(*limits)
+    above = (below + 1).clamp_(max=limits[1])
 
     def cost(s: Tensor) -> Tensor:
         rounded = d[:, None] * s
         kept = (rounded - factor).square_() * squares
-        return torch.where(rounded.abs() > factor.abs(), kept.minimum(rounded.square() * (16 / 12)), kept)
+        if weights is None:
+            return kept
+        return torch.where(rounded.abs() > factor.abs(), kept.minimum(rounded.square_() * (weights / 12)), kept)
 
     of_below, of_above = cost(below), cost(above)
     s = torch.where(of_above < of_below, above, below)
-    best = _sum(of_below.minimum(of_above).transpose(0, 1)).argmin(0, keepdim=True)
+    best = added(of_below.minimum(of_above).transpose(0, 1)).argmin(0, keepdim=True)
     return d.gather(0, best)[0], s.gather(0, best[:, None].expand(1, *factor.shape))[0]
 
 
-def _codes(w: Tensor, factor: Tensor, least: int, largest: int) -> Tensor:
-    return (w * _inverse(factor)).round_().clamp_(least, largest)
+def in_columns(weights: Tensor, sub_blocks: int) -> Tensor:
+    """Weights first, blocks last, so that to sum over weights is to add long rows: [n, 256] -> [k, sub-blocks, n]."""
+    return weights.unflatten(1, (sub_blocks, -1)).permute(2, 1, 0).contiguous()
 
 
-def _inverse(factor: Tensor) -> Tensor:
+def inverse(factor: Tensor) -> Tensor:
     """1 / factor; 0 of what is too small for any block to hold."""
-    return torch.where(factor.abs() < _HALF_MIN / 2**10, 0, 1 / factor)
+    return torch.where(factor.abs() < HALF_MIN / 2**10, 0, 1 / factor)
 
 
-def _largest(values: Tensor) -> Tensor:
+def extreme(values: Tensor) -> Tensor:
     """What is farthest from zero, with its sign: [k, ...] -> [...]."""
     low, high = values.aminmax(dim=0)
     return torch.where(-low > high, low, high)
 
 
-def _better(candidate: tuple[Tensor, ...], best: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Of two results, for each block or sub-block the one with the smaller error, which is their first member."""
-    less = candidate[0] < best[0]
+def better(candidate: tuple[Tensor, ...], best: tuple[Tensor, ...], margin: Tensor | float = 0.0) -> tuple[Tensor, ...]:
+    """Of two results, for each block or sub-block the one with the smaller error, which is their first member.
+
+    Args:
+        candidate: One result.
+        best: The other; empty if there is none yet.
+        margin: By how much the candidate has to be better.
+    """
+    if not best:
+        return candidate
+    less = candidate[0] + margin < best[0]
     return tuple(torch.where(less, one, other) for one, other in zip(candidate, best, strict=True))
 
 
-def _sum(values: Tensor) -> Tensor:
+def added(values: Tensor) -> Tensor:
     """Sum over the first dimension, a power of two, always in the same order: [k, ...] -> [...]."""
     while len(values) > 1:
         values = values[: len(values) // 2] + values[len(values) // 2 :]

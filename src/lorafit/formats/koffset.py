@@ -1,0 +1,175 @@
+"""Scales and offsets for K-quants with both: what ``ksearch`` does, where w = d·s_i·q - e·t_i in sub-block i.
+
+For given q the best a and m of w = a·q + m are those of a linear regression, and the q to begin with are those of grids
+that end near the smallest and the largest weight: a little inside, a little outside, or one of each. The q that are
+best with the best a and m are one more candidate.
+
+Then a is rounded to d·s. If m moves along, the difference δ costs δ²·Σ(q - mean q)², and m falls by δ times the mean q;
+what it is then gets rounded to -e·t. For the next round d and e are the best two numbers for all sub-blocks.
+
+The t are not negative, so that all offsets of a block have one sign. It is minus, as ggml has it, unless all weights of
+the block are positive, and not all equal: then e is negative. Where the best m would have the other sign it is 0 and
+stays 0.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lorafit.formats.ksearch import BEYOND, NOISE, ROUNDS, added, better, extreme, in_columns, inverse, rounded_scales
+
+_WEIGHTS = 32  # in a sub-block
+_TOP = 63  # the largest s and t
+# Integers to try for the largest scale of a block, and for the largest offset. 32 keeps what lies on a grid of binary
+# fractions where it is.
+_LEVELS = torch.tensor([*range(63, 47, -1), 32.0])
+# How far inside the range of a sub-block its grid begins and ends, in steps; outside where negative.
+_ENDS = ((0.0, 0.0), (-0.2, 0.4), (0.2, -0.6), (0.4, -0.2), (-0.6, 0.2), (0.4, 0.4), (-0.6, -0.6))
+
+
+class Shifted(NamedTuple):
+    """Blocks with offsets.
+
+    Attributes:
+        d: float32 [n], numbers that half precision has, or infinite where weights are too large.
+        e: The same for the offsets, always finite.
+        s: Integers of the sub-blocks, float32 [n, 8].
+        t: The same for the offsets.
+        q: Integers of the weights, float32 [n, 8, 32].
+    """
+
+    d: Tensor
+    e: Tensor
+    s: Tensor
+    t: Tensor
+    q: Tensor
+
+
+def shifted(weights: Tensor, largest: int) -> Shifted:
+    """The best that the search finds for w = d·s·q - e·t, with s and t in 0..63 and q in 0..``largest``.
+
+    Args:
+        weights: Finite, float32 [n, 256].
+        largest: 15 or 31.
+    """
+    low, high = weights.aminmax(dim=1)
+    too_large = (low <= -_TOP * BEYOND) | (high - low.clamp(max=0) >= _TOP * BEYOND * largest)
+    w = in_columns(weights.masked_fill(too_large[:, None], 0), 8)
+    positive = (low >= 0) & (low < high) & (high < _TOP * BEYOND)  # above, a scale reaches and an offset does not
+    sub_blocks = _SubBlocks(w, positive, largest)
+    fit, levels = sub_blocks.search(), _LEVELS[:, None].to(w.device)
+    d, e = fit.factor.amax(0) / levels, extreme(-fit.offset) / levels
+    found: tuple[Tensor, ...] = ()
+    for _ in range(ROUNDS):
+        d, s = rounded_scales(d, fit.factor, fit.curvature, (0, _TOP), _WEIGHTS)
+        offset = sub_blocks.allowed(fit.offset - (d * s - fit.factor) * fit.slope)
+        e, t = rounded_scales(e, -offset, torch.full_like(offset, _WEIGHTS), (0, _TOP), None)
+        a, m = d * s, -(e * t)
+        q = sub_blocks.codes(m, inverse(a))
+        error = added(added((q * a + m - w).square_()))
+        found = better((error, d, e, s, t, q), found)
+        fit = sub_blocks.fit(q)
+        fitted = fit.of_block(s, t, d, e)
+        d, e = torch.stack((fitted[0], d)), torch.stack((fitted[1], e))
+    _, d, e, s, t, q = found
+    return Shifted(d.masked_fill(too_large, torch.inf), e, s.T, t.T, q.permute(2, 1, 0))
+
+
+class _Fit(NamedTuple):
+    """The best that sub-blocks with given codes can be, [8, n] each.
+
+    Attributes:
+        error: Squared error.
+        factor: Of the codes.
+        offset: What is added.
+        slope: By how much the best offset falls where the factor rises by one.
+        curvature: What it costs if the factor is off by one.
+        margin: By how much the error may be off.
+    """
+
+    error: Tensor
+    factor: Tensor
+    offset: Tensor
+    slope: Tensor
+    curvature: Tensor
+    margin: Tensor
+
+    def of_block(self, s: Tensor, t: Tensor, d: Tensor, e: Tensor) -> tuple[Tensor, Tensor]:
+        """The best d and e for given s and t: those given where many are as good.
+
+        They minimise Σ curvature·(d·s - factor)² + 32·(offset - slope·(d·s - factor) + e·t)².
+        """
+        falling, start = self.slope * s, self.offset + self.slope * self.factor
+        dd = added(s * s * self.curvature + _WEIGHTS * falling.square())
+        de = -_WEIGHTS * added(t * falling)
+        ee = _WEIGHTS * added(t * t)
+        of_d = added(s * self.factor * self.curvature + _WEIGHTS * falling * start)
+        of_e = -_WEIGHTS * added(t * start)
+        spread = dd * ee - de.square()
+        unique = spread > NOISE * dd * ee
+        return (
+            torch.where(unique, (of_d * ee - of_e * de) / spread, torch.where(ee == 0, of_d / dd.clamp(min=1), d)),
+            torch.where(unique, (of_e * dd - of_d * de) / spread, e),
+        )
+
+
+class _SubBlocks:
+    """Sub-blocks as w = a·q + m, with m of one sign in a block.
+
+    Args:
+        weights: [32, 8, n].
+        positive: Whether that sign is plus, [n].
+        largest: The largest q.
+    """
+
+    def __init__(self, weights: Tensor, positive: Tensor, largest: int) -> None:
+        self.weights = weights
+        self.positive = positive
+        self.largest = largest
+        self.mean = added(weights) / _WEIGHTS
+        self.centred = weights - self.mean
+        self.variance = added(self.centred.square())
+
+    def allowed(self, offset: Tensor) -> Tensor:
+        """Offsets, or 0 where they have the wrong sign."""
+        return torch.where((offset > 0) == self.positive, offset, 0)
+
+    def codes(self, offset: Tensor, one: Tensor) -> Tensor:
+        """The nearest q, ``one`` being 1/a."""
+        return ((self.weights - offset) * one).round_().clamp_(0, self.largest)
+
+    def search(self) -> _Fit:
+        """The best of all grids."""
+        low, high = self.weights.aminmax(dim=0)
+        low = self.allowed(low)
+        step = (high - low) / self.largest
+        one = inverse(step)
+        best: _Fit | None = None
+        for first, last in _ENDS:
+            fit = self.fit(self.codes(low + first * step, one * (self.largest / (self.largest - first - last))))
+            best = fit if best is None else _Fit(*better(fit, best, fit.margin))
+        assert best is not None
+        return _Fit(*better(self.fit(self.codes(best.offset, inverse(best.factor))), best))
+
+    def fit(self, q: Tensor) -> _Fit:
+        """The best factor and offset for given codes."""
+        total, squares, products = added(q), added(q * q), added(q * self.centred)
+        mean = total / _WEIGHTS
+        spread = squares - total * mean  # exact
+        factor = torch.where(spread > 0, products / spread, 0)
+        offset = self.mean - factor * mean
+        # Offset 0: where the best has the wrong sign, and for equal weights on a code that is not 0.
+        without = ((offset > 0) != self.positive) & (offset != 0) | (spread <= 0) & (total > 0)
+        alone = (products + self.mean * total) / squares.clamp(min=1)
+        around_zero = torch.where(without, _WEIGHTS * self.mean.square(), 0) + self.variance
+        return _Fit(
+            around_zero - torch.where(without, alone.square() * squares, factor * products),
+            torch.where(without, alone, factor),
+            torch.where(without, 0, offset),
+            torch.where(without, 0, mean),
+            torch.where(without, squares, spread),
+            NOISE * around_zero,
+        )
