@@ -6,6 +6,7 @@ it takes. An option that a format does not take is refused, so none is without e
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,13 +16,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 from cyclopts import Parameter
 
 from lorafit.commands.console import Console, readable_bytes
+from lorafit.config import Requantize
 from lorafit.errors import ConfigError, MergeError, OutputExistsError
 
 if TYPE_CHECKING:
     from lorafit.exporting.beside import BesideCertificate
+    from lorafit.exporting.ollama import OllamaCertificate
     from lorafit.exporting.safetensors import ExportCertificate
 
-ExportFormat = Literal["safetensors", "gguf-lora"]
+ExportFormat = Literal["safetensors", "gguf-lora", "ollama"]
 ExportDtype = Literal["fp32", "bf16", "fp16"]
 
 
@@ -33,6 +36,7 @@ class Request:
         model: A model as `lorafit.load` takes it.
         output: The file or directory to write.
         dtype: Type of the weights.
+        requantize: Format that tensors are rounded to which cannot be merged exactly.
         overwrite: Replace the output if an earlier export wrote it.
         console: Where to say what is going on.
     """
@@ -40,6 +44,7 @@ class Request:
     model: str
     output: str
     dtype: ExportDtype | None
+    requantize: Requantize | None
     overwrite: bool
     console: Console
 
@@ -83,6 +88,7 @@ def export(
     *,
     format: ExportFormat = "safetensors",
     dtype: ExportDtype | None = None,
+    requantize: Requantize | None = None,
     overwrite: bool = False,
     console: Console | None = None,
 ) -> Certificate:
@@ -91,10 +97,12 @@ def export(
     Both appear whole, and only after what was written was compared with the model.
 
     Args:
-        model: A .gguf file, ``smollm2-135m``, or a directory; for gguf-lora, a run or the directory of an adapter.
+        model: A .gguf file, ``smollm2-135m``, or a directory; for gguf-lora, a run or the directory of an adapter; for
+            ollama, a run or a .gguf file.
         output: The file or directory to write.
         format: Of the output.
         dtype: Type of the weights; fp32 if missing, which loses nothing.
+        requantize: For a run that is merged, as for `lorafit.merge`.
         overwrite: Replace the output if an earlier export wrote it.
         console: Where to say what is going on; nowhere if missing.
 
@@ -107,7 +115,7 @@ def export(
         MergeError: What was written is not what should have been.
         LorafitError: The model cannot be loaded.
     """
-    request = Request(model, output, dtype, overwrite, console or Console(quiet=True))
+    request = Request(model, output, dtype, requantize, overwrite, console or Console(quiet=True))
     return _checked(format, request).write(request)
 
 
@@ -115,7 +123,7 @@ def _checked(name: str, request: Request) -> _Format:
     """The format, if it takes the options."""
     if name not in _FORMATS:
         raise ConfigError(f"export writes {', '.join(_FORMATS)}, not {name}")
-    for option in ("dtype",):
+    for option in ("dtype", "requantize"):
         value = getattr(request, option)
         if value is None:
             continue
@@ -274,7 +282,65 @@ def _show_gguf_lora(request: Request, certificate: BesideCertificate) -> None:
         {
             "adapter": f"{request.output} ({readable_bytes(certificate.output.size)})",
             "certificate": str(request.proof),
-            "llama.cpp": f"llama-cli -m {certificate.base.name} --lora {request.output}",
+            "llama.cpp": f"llama-cli -m {certificate.base.name} --lora {shlex.quote(request.output)}",
+        },
+    )
+
+
+def _write_ollama(request: Request) -> OllamaCertificate:
+    source, target = Path(request.model), request.target
+    is_run = (source / "adapter").is_dir()
+    if source.is_dir() and not is_run:
+        raise ConfigError(f"{request.model} is no GGUF file and no run; export it with --format gguf first")
+    if request.requantize and not is_run:
+        raise ConfigError(f"--requantize has no effect on {request.model}, which has no adapter to merge; leave it out")
+    check_free(request, directory=True, mine=lambda path: (path / "Modelfile").is_file())
+
+    import json
+    import shutil
+
+    from lorafit.containers.atomic import replacing, replacing_directory
+    from lorafit.exporting import ollama
+    from lorafit.models.load import resolve
+
+    path = None if is_run else resolve(request.model)
+    if path is not None and path.resolve().is_relative_to(target.resolve()):
+        raise MergeError(f"{request.output} holds the model that is exported; choose another directory")
+    with naming_full_disks(request), replacing(request.proof) as proof, replacing_directory(target) as written:
+        merged: dict[str, Any] | None = None
+        weights = written / ollama.WEIGHTS
+        if path is None:
+            from lorafit.commands.merge import merge
+
+            merge(request.model, str(weights), requantize=request.requantize, console=request.console)
+            of_merge = Path(f"{weights}.certificate.json")
+            merged = json.loads(of_merge.read_text(encoding="utf-8"))
+            of_merge.unlink()
+        else:
+            shutil.copyfile(path, weights)
+        name = source.resolve().name if path is None else path.name
+        certificate = ollama.write_modelfile(written, name, merged)
+        proof.write_text(certificate.as_json(), encoding="utf-8")
+    return certificate
+
+
+def _show_ollama(request: Request, certificate: OllamaCertificate) -> None:
+    prompts = certificate.prompts
+    facts = {"prompts": "written as the model's chat template writes them, on conversations of 1 to 5 messages"}
+    if prompts.differs_by:
+        facts["differs by"] = "; ".join(prompts.differs_by)
+    if prompts.system:
+        facts["system message"] = prompts.system
+    if not prompts.system_has_effect:
+        facts["no effect"] = "system messages: the chat template leaves them out"
+    request.console.fields(f"Certificate of {request.target.name}", {**facts, "stops": " ".join(prompts.stops)})
+    modelfile = shlex.quote(str(request.target / "Modelfile"))
+    request.console.fields(
+        "Files",
+        {
+            "model": f"{request.target / certificate.model.name} ({readable_bytes(certificate.model.size)})",
+            "certificate": str(request.proof),
+            "Ollama": f"ollama create {shlex.quote(request.target.name)} -f {modelfile}",
         },
     )
 
@@ -282,6 +348,7 @@ def _show_gguf_lora(request: Request, certificate: BesideCertificate) -> None:
 _FORMATS: dict[str, _Format] = {
     "safetensors": _Format(_write_safetensors, _show_safetensors, {"dtype": ("fp32", "bf16", "fp16")}),
     "gguf-lora": _Format(_write_gguf_lora, _show_gguf_lora, {"dtype": ("fp32", "fp16")}),
+    "ollama": _Format(_write_ollama, _show_ollama, {"requantize": None}),
 }
 
 
@@ -292,6 +359,7 @@ def export_command(
     *,
     format: ExportFormat,
     dtype: Annotated[ExportDtype | None, Parameter(name=("--dtype", "--type"))] = None,
+    requantize: Requantize | None = None,
     overwrite: bool = False,
     json: bool = False,
 ) -> None:
@@ -299,14 +367,16 @@ def export_command(
 
     Args:
         model: A .gguf file, smollm2-135m, or a directory that bitsandbytes quantised; for gguf-lora, a run or the
-            directory of an adapter.
+            directory of an adapter; for ollama, a run or a .gguf file.
         output: The file or directory to write; a certificate is written beside it as OUTPUT.certificate.json.
-        format: Of the output: safetensors, a directory that transformers loads; gguf-lora, an adapter for llama.cpp.
+        format: Of the output: safetensors, a directory that transformers loads; gguf-lora, an adapter for llama.cpp;
+            ollama, a directory with a GGUF file, into which a run is merged, and its Modelfile.
         dtype: Type of the weights; fp32 loses nothing, bf16 and fp16 take half the space. [default: fp32]
+        requantize: For a run that is exported to ollama: as for merge.
         overwrite: Replace the output if an earlier export wrote it.
         json: Print the certificate as one JSON document on stdout; the text goes to stderr.
     """
-    request = Request(model, output, dtype, overwrite, Console(json=json))
+    request = Request(model, output, dtype, requantize, overwrite, Console(json=json))
     chosen = _checked(format, request)
     certificate = chosen.write(request)
     chosen.show(request, certificate)
