@@ -112,8 +112,8 @@ def test_outputs_that_are_no_files(run: str, tmp_path: Path) -> None:
     for name, complaint in (
         ("folder.gguf", "is a directory"),
         ("other.gguf", "is a directory"),
-        ("tuned.bin", r"must end in \.gguf"),
-        ("tuned", r"must end in \.gguf"),
+        ("tuned.safetensors", r"writes a \.gguf file or a directory"),
+        ("tuned.bin", r"writes a \.gguf file or a directory"),
     ):
         with pytest.raises(MergeError, match=complaint):
             merge(run, str(tmp_path / name), overwrite=True)

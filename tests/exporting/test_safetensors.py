@@ -16,8 +16,8 @@ from lorafit.commands.export import export
 from lorafit.containers import safetensors as container
 from lorafit.containers.atomic import replacing_directory
 from lorafit.errors import MergeError, ModelError
-from lorafit.exporting import safetensors
 from lorafit.exporting.safetensors import export_safetensors
+from lorafit.models import saving
 from lorafit.models.load import load, load_base
 from tests.oracles.family_gguf import KINDS, random_model, write_family
 from tests.oracles.tiny_gguf import TinyLlama, write_tiny_llama
@@ -123,7 +123,7 @@ def test_the_origin_is_written_into_it(tiny: TinyLlama, tmp_path: Path) -> None:
 
 
 def test_several_files_load_as_one(tiny: TinyLlama, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lorafit.exporting.safetensors.SHARD_BYTES", 100_000)
+    monkeypatch.setattr("lorafit.models.saving.SHARD_BYTES", 100_000)
     certificate = export(str(tiny.path), str(tmp_path / "out"))
     count = len(certificate.files)
     assert count > 3
@@ -178,8 +178,8 @@ def test_a_wrong_byte_on_the_disk_is_seen(tiny: TinyLlama, tmp_path: Path, monke
         files[0].write_bytes(content)
         return files
 
-    monkeypatch.setattr(safetensors, "write_safetensors", spoiling)
-    with pytest.raises(MergeError, match="is not what the blocks stand for; check the disk"):
+    monkeypatch.setattr(saving, "write_safetensors", spoiling)
+    with pytest.raises(MergeError, match="is not what should have been written; check the disk"):
         export(str(tiny.path), str(tmp_path / "out"))
     assert names(tmp_path) == set()
 

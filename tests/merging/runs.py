@@ -11,8 +11,9 @@ import yaml
 from safetensors.numpy import load_file, save_file
 
 from lorafit.adapters import AdapterRecord, save_adapter
-from lorafit.config import AdapterConfig, QALoRA
+from lorafit.config import AdapterConfig, QALoRA, Quantize
 from lorafit.containers.atomic import fingerprint
+from lorafit.containers.identity import hash_tensors
 from lorafit.models.load import load_base
 from lorafit.modules import adapter_modules, attach
 
@@ -31,25 +32,28 @@ def write_run(
     size: float = 0.5,
     held_out: bool = True,
     seed: int = 1,
+    quantize: Quantize | None = None,
 ) -> Path:
     """Write the directory of a run.
 
     Args:
         path: The directory.
-        base: The GGUF file.
+        base: The GGUF file or directory.
         config: Method and settings; by default QA-LoRA of rank 2, which fits the two blocks in a tiny model's rows.
         size: Standard deviation of the elements of B.
         held_out: Whether it has held-out rows.
         seed: Seed of A and B.
+        quantize: What the base is quantised to while it is loaded.
     """
     config = config or QALoRA(rank=2, alpha=4.0)
-    loaded = load_base(base)
+    loaded = load_base(base, quantize=quantize)
     torch.manual_seed(seed)
     attach(loaded.model, config)
     for module in adapter_modules(loaded.model).values():
         b = next(parameter for name, parameter in module.adapter_parameters().items() if name.endswith("B"))
         b.data.normal_(std=size)
-    save_adapter(loaded.model, path / "adapter", AdapterRecord(config, str(base), fingerprint(base)))
+    record = AdapterRecord(config, str(base), fingerprint(base), quantize, base_tensors_sha256=hash_tensors(base))
+    save_adapter(loaded.model, path / "adapter", record)
     settings = {"model": str(base), "data": "rows.jsonl", "method": config.method, "no_eval": not held_out}
     (path / "config.yaml").write_text(yaml.safe_dump(settings))
     if held_out:

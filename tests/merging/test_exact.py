@@ -177,7 +177,7 @@ def test_merging_twice_and_another_base_are_refused(tiny: TinyLlama, tmp_path: P
     run = write_run(tmp_path / "run", base)
     merge(run, tmp_path / "tuned.gguf")
     shutil.copy(tmp_path / "tuned.gguf", base)
-    with pytest.raises(MergeError, match=r"base\.gguf is not the file that .*run was trained on .* merged already"):
+    with pytest.raises(MergeError, match=r"base\.gguf is not what .*run was trained on .* merged already"):
         plan(run)
     write_tiny_llama(base, seed=5)
     with pytest.raises(MergeError, match="another model"):

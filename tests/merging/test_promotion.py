@@ -186,5 +186,5 @@ def test_a_base_that_was_replaced_is_refused(base: TinyLlama, tmp_path: Path) ->
         apply(planned, tmp_path / "again.gguf")
     with pytest.raises(MergeError, match=r"cannot be compared with|is not the base"):
         verify(planned, tmp_path / "tuned.gguf")
-    with pytest.raises(MergeError, match=r"base\.gguf is not the file that .*run was trained on"):
+    with pytest.raises(MergeError, match=r"base\.gguf is not what .*run was trained on"):
         plan(run)

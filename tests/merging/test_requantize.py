@@ -82,7 +82,7 @@ def test_keep_keeps_the_format_of_each(tmp_path: Path) -> None:
 def test_the_certificate_states_what_is_not_exact(base: TinyLlama, run: Path, tmp_path: Path) -> None:
     found = {}
     for requantize in ("q4_0", "q8_0", "f32"):
-        planned = plan(run, requantize=requantize, tolerance=1.0)  # type: ignore[arg-type]
+        planned = plan(run, requantize=requantize, certificate_tolerance=1.0)  # type: ignore[arg-type]
         apply(planned, tmp_path / "tuned.gguf")
         certificate = certify(planned, tmp_path / "tuned.gguf", "tuned.gguf")
         rounded, held_out = certificate.requantized, certificate.held_out
@@ -146,16 +146,16 @@ def test_what_is_refused(base: TinyLlama, run: Path, tmp_path: Path) -> None:
         plan(of_read_only, requantize="keep")
     with pytest.raises(MergeError, match="--requantize q3_k is not one of q8_0, "):
         plan(run, requantize="q3_k")  # type: ignore[arg-type]
-    with pytest.raises(MergeError, match="--tolerance is -1, but must be at least 0"):
-        plan(run, requantize="q8_0", tolerance=-1.0)
+    with pytest.raises(MergeError, match="--certificate-tolerance is -1, but must be at least 0"):
+        plan(run, requantize="q8_0", certificate_tolerance=-1.0)
     exact = write_run(tmp_path / "exact", base.path, QALoRA(rank=2, targets="gate_proj"), held_out=False)
     with pytest.raises(MergeError, match="--requantize q8_0 has no effect"):
         plan(exact, requantize="q8_0")
-    with pytest.raises(MergeError, match=r"--tolerance 0\.1 has no effect without --requantize"):
-        plan(exact, tolerance=0.1)
+    with pytest.raises(MergeError, match=r"--certificate-tolerance 0\.1 has no effect without --requantize"):
+        plan(exact, certificate_tolerance=0.1)
     unmeasured = write_run(tmp_path / "unmeasured", base.path, QALoRA(rank=2, frozen_tensors="lora"), held_out=False)
-    with pytest.raises(MergeError, match=r"--tolerance 0\.1 has no effect: .* held no rows out"):
-        plan(unmeasured, requantize="q8_0", tolerance=0.1)
+    with pytest.raises(MergeError, match=r"--certificate-tolerance 0\.1 has no effect: .* held no rows out"):
+        plan(unmeasured, requantize="q8_0", certificate_tolerance=0.1)
 
 
 def test_rows_that_do_not_fit_the_format(tmp_path: Path) -> None:
@@ -182,8 +182,10 @@ def test_weights_too_large_for_the_format(base: TinyLlama, tmp_path: Path) -> No
 
 def test_too_much_loss_is_refused_and_leaves_nothing(run: Path, tmp_path: Path) -> None:
     output = tmp_path / "out" / "tuned.gguf"
-    with pytest.raises(MergeError, match=r"rounding to --requantize q4_0 raised .* --tolerance 0; choose a finer one"):
-        merge(str(run), str(output), requantize="q4_0", tolerance=0.0)
+    with pytest.raises(
+        MergeError, match=r"rounding to --requantize q4_0 raised .* --certificate-tolerance 0; choose a finer one"
+    ):
+        merge(str(run), str(output), requantize="q4_0", certificate_tolerance=0.0)
     assert not list(output.parent.iterdir())
     certificate = merge(str(run), str(output), requantize="q8_0")
     assert json.loads(Path(f"{output}.certificate.json").read_text()) == certificate.as_dict()

@@ -26,7 +26,8 @@ from lorafit.adapters.foreign import check_fields, lora_config
 from lorafit.adapters.names import target_fields
 from lorafit.adapters.parts import parts, present_key
 from lorafit.config import AdapterConfig, LoRA, QALoRA, QLoRA, Quantize
-from lorafit.containers.atomic import replacing, write_text
+from lorafit.containers.atomic import fingerprint, replacing, write_text
+from lorafit.containers.identity import hash_tensors
 from lorafit.errors import AdapterError, ConfigError, MissingFileError
 from lorafit.modules import QALoRALinear, adapter_modules
 
@@ -47,6 +48,8 @@ class AdapterRecord:
         base_sha256: Its fingerprint; empty for an adapter that lorafit did not write.
         quantize: What the base was quantised to while it was loaded.
         importance: What that weighed its errors by, if by anything: layer -> float32 [in_dim].
+        base_tensors_sha256: Hash of the base's tensors, by which it is known; empty as above, and for adapters of an
+            earlier version of lorafit.
     """
 
     config: AdapterConfig
@@ -54,6 +57,13 @@ class AdapterRecord:
     base_sha256: str
     quantize: Quantize | None = None
     importance: Mapping[str, Tensor] | None = None
+    base_tensors_sha256: str = ""
+
+    def fits(self, base: Path) -> bool:
+        """Whether a base has the tensors that the adapter was trained beside, as far as the adapter says which."""
+        if self.base_tensors_sha256:
+            return hash_tensors(base) == self.base_tensors_sha256
+        return self.base_sha256 in ("", fingerprint(base))
 
 
 def save_adapter(model: nn.Module, directory: str | Path, record: AdapterRecord) -> None:
@@ -84,6 +94,7 @@ def note_of(record: AdapterRecord) -> dict[str, Any]:
         "config": asdict(record.config),
         "base": record.base,
         "base_sha256": record.base_sha256,
+        "base_tensors_sha256": record.base_tensors_sha256,
         "quantize": record.quantize,
         "importance": bool(record.importance),
     }
@@ -105,7 +116,13 @@ def read_record(directory: str | Path) -> AdapterRecord:
         if note is None:
             return AdapterRecord(lora_config(fields), fields.get("base_model_name_or_path") or "", "")
         kind = {"lora": LoRA, "qlora": QLoRA, "qalora": QALoRA}[note["method"]]
-        record = AdapterRecord(kind(**note["config"]), note["base"], note["base_sha256"], note.get("quantize"))
+        record = AdapterRecord(
+            kind(**note["config"]),
+            note["base"],
+            note["base_sha256"],
+            note.get("quantize"),
+            base_tensors_sha256=note.get("base_tensors_sha256", ""),
+        )
         if record.quantize not in (None, *get_args(Quantize)):
             raise AdapterError(f"{directory}: its base was quantised to {record.quantize!r}, which is unknown")
         record = replace(record, importance=read_importance(directory))

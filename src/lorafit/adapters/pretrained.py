@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lorafit.adapters.peft import AdapterRecord, save_adapter
 from lorafit.config import AdapterConfig, Quantize
 from lorafit.containers.atomic import fingerprint
+from lorafit.containers.identity import hash_tensors
 from lorafit.errors import ConfigError, MissingFileError
 from lorafit.modules import Coverage
 from lorafit.modules import attach as attach_modules
@@ -94,8 +95,8 @@ def _save_pretrained(
 def _record(model: nn.Module, config: AdapterConfig) -> AdapterRecord:
     origin: Origin | None = getattr(model, "_lorafit_origin", None)
     if origin is not None:
-        sha256 = fingerprint(origin.path)
-        return AdapterRecord(config, origin.name, sha256, origin.quantize, origin.importance)
+        hashes = fingerprint(origin.path), hash_tensors(origin.path)
+        return AdapterRecord(config, origin.name, hashes[0], origin.quantize, origin.importance, hashes[1])
     name = str(getattr(model, "name_or_path", ""))
     try:
         return AdapterRecord(config, name, fingerprint(name) if name else "")

@@ -1,56 +1,90 @@
-"""``lorafit merge``: the tuned model as one file, and the proof that it is the one that was trained."""
+"""``lorafit merge``: the tuned model as one GGUF file or directory, and the proof of what it is."""
 
 from __future__ import annotations
 
+import json as json_module
 import shlex
-import textwrap
-from collections.abc import Mapping
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
+from lorafit.commands.certificates import show_directory, show_file
 from lorafit.commands.console import Console, readable_bytes
 from lorafit.config import Requantize
 from lorafit.errors import MergeError, OutputExistsError
 
 if TYPE_CHECKING:
-    from lorafit.merging import Certificate
+    from lorafit.merging import Certificate, DirectoryCertificate
 
-_SHOWN_CHARACTERS = 300  # of a question
+MergeDtype = Literal["fp32", "bf16", "fp16"]
+
+_OTHER_FILES = (".safetensors", ".bin", ".pt", ".pth")  # of weights, which nobody means as the name of a directory
 
 
 def merge(
     run: str,
     output: str,
     *,
+    dtype: MergeDtype | None = None,
+    onto: str | None = None,
     requantize: Requantize | None = None,
-    tolerance: float | None = None,
+    certificate_tolerance: float | None = None,
     overwrite: bool = False,
     console: Console | None = None,
-) -> Certificate:
-    """Writes the tuned model of a QA-LoRA run as a GGUF file, and its certificate as OUTPUT.certificate.json.
+) -> Certificate | DirectoryCertificate:
+    """Writes the tuned model of a run, and its certificate as OUTPUT.certificate.json.
 
-    Both appear whole, and only after everything in the certificate was proved on the written file.
+    Both appear whole, and only after everything in the certificate was proved on what was written.
 
     Args:
-        run: Directory of a run trained with ``method="qalora"``.
-        output: The GGUF file to write.
-        requantize: Format to round tensors to that were trained by plain LoRA; ``keep`` for the format of each.
-        tolerance: By how much that may raise the held-out loss, in nats per token; 0.05 if missing.
-        overwrite: Replace the output if it exists.
+        run: Directory of a run.
+        output: The GGUF file to write, or the directory: safetensors that transformers loads.
+        dtype: Type of the weights in a directory; fp32 if missing, which rounds nothing.
+        onto: For a directory, the original of a quantised base, to which the update is added instead.
+        requantize: For a file, the format to round tensors to that were trained by plain LoRA; ``keep`` for the format
+            of each.
+        certificate_tolerance: By how much rounding, or ``onto``, may raise the held-out loss, in nats per token; above
+            it nothing is written. 0.05 if missing.
+        overwrite: Replace the output if it exists; of directories those alone that an earlier merge or export wrote.
         console: Where to say what is going on; nowhere if missing.
 
     Returns:
         What was proved and measured.
 
     Raises:
-        OutputExistsError: The output exists and ``overwrite`` is not set.
+        OutputExistsError: The output exists and ``overwrite`` is not set, or it is not what lorafit wrote.
         MissingFileError: The run or its base is not there.
-        MergeError: The run cannot be merged so, or the written file is not what it should be.
+        MergeError: The run cannot be merged so, or what was written is not what it should be.
+
+    Warns:
+        LorafitWarning: The update was added to something else than what it was trained beside, or that cannot be told.
     """
+    console = console or Console(quiet=True)
     target = Path(output)
-    proof = _certificate_path(output)
-    if target.suffix.lower() != ".gguf":
-        raise MergeError(f"{output}: merge writes one GGUF file, so the name must end in .gguf")
+    if target.suffix.lower() == ".gguf":
+        if dtype or onto:
+            option, value, instead = ("--dtype", dtype, "--requantize") if dtype else ("--onto", onto, "a directory")
+            raise MergeError(f"{option} {value} has no effect on a GGUF file; give {instead} instead")
+        return _merge_file(run, target, requantize, certificate_tolerance, overwrite, console)
+    if target.suffix.lower() in _OTHER_FILES:
+        raise MergeError(f"{output}: merge writes a .gguf file or a directory of safetensors; give the directory")
+    if requantize:
+        raise MergeError(f"--requantize {requantize} has no effect on a directory; choose its type by --dtype")
+    if dtype not in (None, "fp32", "bf16", "fp16"):
+        raise MergeError(f"--dtype is {dtype}, but must be one of fp32, bf16, fp16")
+    return _merge_directory(run, target, dtype or "fp32", onto, certificate_tolerance, overwrite, console)
+
+
+def _merge_file(
+    run: str,
+    target: Path,
+    requantize: Requantize | None,
+    tolerance: float | None,
+    overwrite: bool,
+    console: Console,
+) -> Certificate:
+    proof = _certificate_path(target)
     for path in (target, proof):
         if path.is_dir():
             raise MergeError(f"{path} is a directory; name a file")
@@ -60,75 +94,80 @@ def merge(
     from lorafit import merging
     from lorafit.containers.atomic import replacing
 
-    say = (console or Console(quiet=True)).print
-    plan = merging.plan(run, requantize=requantize, tolerance=tolerance)
+    plan = merging.plan(run, requantize=requantize, certificate_tolerance=tolerance)
     if target.exists() and target.samefile(plan.base.path):
-        raise MergeError(f"{output} is the base of the run, which later runs and merges need; choose another name")
-    try:
-        # The certificate is on the disk before the model takes its place, and takes its own right after.
-        with replacing(proof) as proof_written, replacing(target) as written:
-            say(f"copying {plan.base.path}, with {len(plan.changes)} tensors as trained in {run}")
-            merging.apply(plan, written)
-            certificate = merging.certify(plan, written, target.name, say=say)
-            proof_written.write_text(certificate.as_json(), encoding="utf-8")
-    except OSError as error:
-        # A full disk is noticed by a write, which does not know of which file.
-        if error.filename is None:
-            error.filename = output
-        raise
+        raise MergeError(f"{target} is the base of the run, which later runs and merges need; choose another name")
+    # The certificate is on the disk before the model takes its place, and takes its own right after.
+    with _naming(target), replacing(proof) as proof_written, replacing(target) as written:
+        console.print(f"copying {plan.base.path}, with {len(plan.changes)} tensors as trained in {run}")
+        merging.apply(plan, written)
+        certificate = merging.certify(plan, written, target.name, say=console.print)
+        proof_written.write_text(certificate.as_json(), encoding="utf-8")
+    return certificate
+
+
+def _merge_directory(
+    run: str,
+    target: Path,
+    dtype: MergeDtype,
+    onto: str | None,
+    tolerance: float | None,
+    overwrite: bool,
+    console: Console,
+) -> DirectoryCertificate:
+    proof = _certificate_path(target)
+    _check_directory(target, proof, overwrite)
+
+    import torch
+
+    from lorafit import merging
+    from lorafit.containers.atomic import replacing, replacing_directory
+
+    types = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    plan = merging.plan_directory(run, types[dtype], onto=onto, certificate_tolerance=tolerance)
+    for path in plan.inputs:
+        if path.resolve().is_relative_to(target.resolve()):
+            raise MergeError(f"{target} holds {path}, which this merge reads; choose another name")
+    with _naming(target), replacing(proof) as proof_written, replacing_directory(target) as written:
+        certificate = merging.apply_directory(plan, written, target.name, say=console.print)
+        proof_written.write_text(certificate.as_json(), encoding="utf-8")
     return certificate
 
 
 def _certificate_path(output: str | Path) -> Path:
-    """Where the certificate of a merged file lies."""
+    """Where the certificate of an output lies."""
     return Path(f"{output}.certificate.json")
 
 
-def show(console: Console, certificate: Certificate) -> None:
-    """Writes a certificate for people."""
-    from lorafit.merging.certificate import HeldOut
-    from lorafit.merging.engine import Answers, InLlamaCpp
-
-    weights, held_out, engine = certificate.weights, certificate.held_out, certificate.llamacpp
-    answers = engine.answers if isinstance(engine, InLlamaCpp) else engine
-    rounded, grown = certificate.requantized, certificate.merged.size - certificate.base.size
-    size = f"the size changes by {grown:+,} ({grown / certificate.base.size:+.1%})" if grown else "the size is the same"
-    facts = {"weights": f"bit-identical to those trained: {weights.offsets:,} offsets in {weights.tensors} tensors"}
-    if weights.promoted:
-        facts["promoted"] = f"as for training: {_counts(weights.promoted)}"
-    if rounded is not None:
-        facts["not exact"] = (
-            f"{_counts(rounded.formats)}: plain LoRA added, rounded anew; weights off by {rounded.relative_error:.2%}"
-        )
-    base = f"the promoted {certificate.base.name}" if weights.promoted else certificate.base.name
-    those = "of the exact tensors, " if rounded is not None else ""
-    facts["bytes"] = f"{those}{weights.bytes_changed:,} differ from {base}, all in offsets; {size}"
-    if isinstance(held_out, HeldOut):
-        same = ", equal to the last bit" if rounded is None else f" ({held_out.merged_loss - held_out.run_loss:+.4f})"
-        facts["loss in lorafit"] = (
-            f"{held_out.run_loss:.4f} for the run and {held_out.merged_loss:.4f} for the file{same} "
-            f"({held_out.tokens:,} held-out answer tokens, {held_out.compute})"
-        )
-    else:
-        facts["loss in lorafit"] = f"not measured: {held_out.not_measured}"
-    if isinstance(engine, InLlamaCpp):
-        facts["llama.cpp"] = f"loads the file and runs it (xllamacpp {engine.version})"
-    if isinstance(answers, Answers):
-        facts["loss in llama.cpp"] = (
-            f"{answers.base_loss:.3f} base, {answers.merged_loss:.3f} merged ({answers.tokens:,} tokens of "
-            f"{answers.rows} held-out answers; compare these with one another only)"
-        )
-    else:
-        facts["loss in llama.cpp"] = f"not measured: {answers.not_measured}"
-    console.fields(f"Certificate of {certificate.merged.name}", facts)
-    if isinstance(answers, Answers):
-        asked = textwrap.shorten(answers.prompt[-1]["content"], _SHOWN_CHARACTERS, placeholder=" …")
-        title = "\nllama.cpp answers" + ("" if answers.answers_differ else ", both alike") + f": {asked}"
-        console.side_by_side(title, {"base": answers.base_answer, "merged": answers.merged_answer})
+def _check_directory(target: Path, proof: Path, overwrite: bool) -> None:
+    """Only an empty place is written to, or with ``overwrite`` what an earlier merge or export left."""
+    taken = target.exists() and not (target.is_dir() and not any(target.iterdir()))
+    for path, there in ((target, taken), (proof, proof.exists())):
+        if there and not overwrite:
+            raise OutputExistsError(f"{path} exists; choose another name, or replace it with --overwrite")
+    if proof.is_dir():
+        raise OutputExistsError(f"{proof} is in the way; choose another name")
+    if taken and not _is_ours(target):
+        raise OutputExistsError(f"{target} is not what a merge wrote, so it is not replaced; choose another name")
 
 
-def _counts(formats: Mapping[str, int]) -> str:
-    return ", ".join(f"{count} from {name}" for name, count in formats.items())
+def _is_ours(path: Path) -> bool:
+    try:
+        settings = json_module.loads((path / "config.json").read_text(encoding="utf-8"))
+        return not settings.keys().isdisjoint({"lorafit_merged", "lorafit_origin"})
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+@contextmanager
+def _naming(output: Path) -> Iterator[None]:
+    """A full disk is noticed by a write, which does not know of which file: name the output."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(output)
+        raise
 
 
 def merge_command(
@@ -136,34 +175,57 @@ def merge_command(
     output: str,
     /,
     *,
+    dtype: MergeDtype | None = None,
+    onto: str | None = None,
     requantize: Requantize | None = None,
-    tolerance: float | None = None,
+    certificate_tolerance: float | None = None,
     overwrite: bool = False,
     json: bool = False,
 ) -> None:
-    """Write the tuned model as one file, with a certificate that it is the model that was trained.
+    """Write the tuned model as one GGUF file or a directory of safetensors, with a certificate of what it is.
 
     Args:
-        run: Directory of a run trained with --method qalora.
-        output: The GGUF file to write; the certificate is written beside it as OUTPUT.certificate.json.
-        requantize: For a run with --frozen-tensors lora: the format to which the tensors that have plain LoRA are
-            rounded after it was added; keep stands for the format of each. This part of the merge is not exact.
-        tolerance: By how much --requantize may raise the held-out loss, in nats per token, before the file is refused.
-            [default: 0.05]
-        overwrite: Replace the output if it exists.
+        run: Directory of a run.
+        output: The GGUF file to write, for a run with --method qalora without any loss; or, where the name does not end
+            in .gguf, the directory, which transformers loads. A certificate is written beside it as
+            OUTPUT.certificate.json.
+        dtype: For a directory, the type of the weights: fp32 rounds nothing, bf16 and fp16 take half the space.
+            [default: fp32]
+        onto: For a directory, the original of the quantised base that was trained on. The update is added to it instead
+            of to the base that was trained on, with a warning that says how far the two are apart.
+        requantize: For a GGUF file of a run with --frozen-tensors lora, the format to which the tensors that have plain
+            LoRA are rounded after it was added; keep stands for the format of each. This part of a merge is not exact.
+        certificate_tolerance: By how much --requantize, --dtype or --onto may raise the held-out loss above that of
+            the run, in nats per token; above it nothing is written. [default: 0.05]
+        overwrite: Replace the output if it exists; of directories those alone that an earlier merge or export wrote.
         json: Print the certificate as one JSON document on stdout; the text goes to stderr.
     """
+    from lorafit.merging import Certificate
+
     console = Console(json=json)
-    certificate = merge(run, output, requantize=requantize, tolerance=tolerance, overwrite=overwrite, console=console)
-    show(console, certificate)
-    path, modelfile = shlex.quote(output), shlex.quote(f"FROM {Path(output).resolve()}")
-    console.fields(
-        "Files",
-        {
+    certificate = merge(
+        run,
+        output,
+        dtype=dtype,
+        onto=onto,
+        requantize=requantize,
+        certificate_tolerance=certificate_tolerance,
+        overwrite=overwrite,
+        console=console,
+    )
+    path = shlex.quote(output)
+    if isinstance(certificate, Certificate):
+        show_file(console, certificate)
+        modelfile = shlex.quote(f"FROM {Path(output).resolve()}")
+        files = {
             "model": f"{output} ({readable_bytes(certificate.merged.size)}, SHA-256 {certificate.merged.sha256})",
             "certificate": str(_certificate_path(output)),
             "llama.cpp": f"llama-cli -m {path}",
             "Ollama": f"echo {modelfile} > Modelfile && ollama create {shlex.quote(Path(output).stem)} -f Modelfile",
-        },
-    )
+        }
+    else:
+        show_directory(console, certificate)
+        size = sum((Path(output) / file).stat().st_size for file in certificate.files)
+        files = {"model": f"{output} ({readable_bytes(size)})", "certificate": str(_certificate_path(output))}
+    console.fields("Files", files)
     console.result(certificate.as_dict())

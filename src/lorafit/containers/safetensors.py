@@ -6,13 +6,15 @@ several files has an index, JSON too, which says which file holds which tensor.
 
 safetensors' own functions map a file as a whole, and what was read once stays resident until the file is closed; they
 write what is in memory as a whole. Here a file is opened for each tensor that is read, and a file is written as its
-tensors come, so that a model of any size needs the memory of one tensor.
+tensors come, so that a model of any size needs the memory of one tensor. Matrices can also stay where they lie, as the
+blocks of a GGUF file do: numbers that nobody quantised are blocks of one.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import mmap
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from lorafit.containers.mapped import map_file
 from lorafit.errors import ContainerError
 
 SINGLE_FILE = "model.safetensors"
@@ -41,6 +44,7 @@ class SafetensorsDirectory:
         self.path = path
         self.shapes = dict(shapes)
         self._files = dict(files)
+        self._mapped: dict[Path, tuple[mmap.mmap, dict[str, Any]]] = {}
 
     @classmethod
     def open(cls, path: str | Path) -> SafetensorsDirectory:
@@ -76,6 +80,32 @@ class SafetensorsDirectory:
                 return opened.get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise _broken(file, error) from None
+
+    def blocks(self, name: str) -> tuple[Tensor, str] | None:
+        """A matrix as it lies in its file, not copied: uint8 [rows, row_bytes], and the name of its type as a format.
+
+        Returns:
+            None for what is no matrix, and for types other than float32, bfloat16 and float16.
+        """
+        mapped, header = self._map(self._files[name])
+        kind, shape = header[name]["dtype"], self.shapes[name]
+        if len(shape) != 2 or kind not in _DTYPES.values():
+            return None
+        start, end = header[name]["data_offsets"]
+        at = _header_end(mapped) + start
+        return torch.frombuffer(mapped, dtype=torch.uint8, count=end - start, offset=at).view(shape[0], -1), kind
+
+    def _map(self, file: Path) -> tuple[mmap.mmap, dict[str, Any]]:
+        """A file and its header, which was found sound when it was opened."""
+        if file not in self._mapped:
+            with file.open("rb") as opened:
+                mapped = map_file(opened)
+            self._mapped[file] = mapped, json.loads(mapped[8 : _header_end(mapped)])
+        return self._mapped[file]
+
+
+def _header_end(mapped: mmap.mmap) -> int:
+    return 8 + int.from_bytes(mapped[:8], "little")
 
 
 def write_safetensors(

@@ -12,25 +12,21 @@ second time, and is told so.
 from __future__ import annotations
 
 import json
-import logging
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.utils import logging as transformers_logging
 
 from lorafit import __version__
 from lorafit.containers.atomic import fingerprint
 from lorafit.containers.gguf import GGUFFile
-from lorafit.containers.safetensors import SafetensorsDirectory, write_safetensors
-from lorafit.errors import MergeError
 from lorafit.models.base import Base
 from lorafit.models.directory import ORIGIN
-from lorafit.models.unpacked import Unpacked, plain_config, unpacked_tensors
-
-SHARD_BYTES = 4_000_000_000  # longest file of weights
+from lorafit.models.saving import compare_directory, save_directory, short
+from lorafit.models.unpacked import Unpacked, unpacked_tensors
 
 
 @dataclass(frozen=True)
@@ -96,19 +92,9 @@ def export_safetensors(
     say(f"hashing {base.path}")
     origin = {"file": base.path.name, "sha256": fingerprint(base.path), "formats": _formats(base, tensors)}
     say(f"writing {len(tensors)} tensors")
-
-    def values(name: str) -> torch.Tensor:
-        unpacked = tensors[name].values(dtype)
-        if not unpacked.isfinite().all():
-            raise MergeError(f"{name} has weights that are too large for {_short(dtype)}; export with --dtype fp32")
-        return unpacked
-
-    shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    metadata = {"format": "pt", ORIGIN: json.dumps(origin)}
-    files = write_safetensors(directory, shapes, dtype, values, metadata=metadata, shard_bytes=SHARD_BYTES)
-    _write_settings(base, directory, dtype, origin)
+    files = save_directory(base, directory, tensors, dtype, {ORIGIN: origin})
     say("comparing what was written with the blocks")
-    difference = _compare(directory, tensors, dtype, name)
+    difference = compare_directory(directory, tensors, dtype, name).largest
     base.check_unchanged()
     return ExportCertificate(
         lorafit=__version__,
@@ -116,9 +102,9 @@ def export_safetensors(
         source_sha256=str(origin["sha256"]),
         output=name,
         files={file.name: fingerprint(file) for file in files},
-        dtype=_short(dtype),
+        dtype=short(dtype),
         tensors=len(tensors),
-        parameters=sum(torch.Size(shape).numel() for shape in shapes.values()),
+        parameters=sum(math.prod(tensor.shape) for tensor in tensors.values()),
         bit_identical=difference == 0.0,
         largest_difference=difference,
     )
@@ -129,39 +115,3 @@ def _formats(base: Base, tensors: dict[str, Unpacked]) -> dict[str, str]:
     if base.path.is_file():
         return {info.name: info.format for info in GGUFFile.open(base.path).tensors.values()}
     return {name: tensor.format for name, tensor in tensors.items() if tensor.format is not None}
-
-
-def _write_settings(base: Base, directory: Path, dtype: torch.dtype, origin: dict[str, Any]) -> None:
-    """config.json, the tokenizer with its chat template, and what transformers needs to know about generating."""
-    level = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity(logging.CRITICAL)
-    try:
-        plain_config(base.model, dtype, {ORIGIN: origin}).save_pretrained(directory)
-        base.tokenizer.save_pretrained(directory)
-        if base.model.generation_config is not None:
-            base.model.generation_config.save_pretrained(directory)
-    finally:
-        transformers_logging.set_verbosity(level)
-
-
-def _compare(directory: Path, tensors: dict[str, Unpacked], dtype: torch.dtype, output: str) -> float:
-    """The written tensors are the unpacked ones, rounded once; returns the largest difference that this made."""
-    written = SafetensorsDirectory.open(directory)
-    if written.shapes != {name: tensor.shape for name, tensor in tensors.items()}:
-        raise MergeError(f"{output} is not kept: its tensors are not those of the model; check the disk")
-    largest = 0.0
-    for name, tensor in tensors.items():
-        found, exact = written.read(name), tensor.values(torch.float32)
-        if not torch.equal(_bits(found), _bits(exact.to(dtype))):
-            raise MergeError(f"{output} is not kept: {name} is not what the blocks stand for; check the disk")
-        if dtype != torch.float32:
-            largest = max(largest, float((found.float() - exact).abs().max()))
-    return largest
-
-
-def _bits(values: torch.Tensor) -> torch.Tensor:
-    return values.contiguous().view(torch.int32 if values.dtype == torch.float32 else torch.int16)
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

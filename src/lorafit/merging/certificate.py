@@ -32,21 +32,17 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lorafit import __version__
-from lorafit.data.chat import Document, encode_all
-from lorafit.data.packing import split_passes
-from lorafit.data.readers import read_examples
 from lorafit.errors import MergeError
 from lorafit.evaluation.llamacpp import available
-from lorafit.evaluation.loss import evaluate
-from lorafit.merging.engine import HELD_OUT_FILE, NO_ROWS, InLlamaCpp, NotMeasured, run_in_llamacpp
+from lorafit.merging.engine import NO_ROWS, InLlamaCpp, NotMeasured, run_in_llamacpp
 from lorafit.merging.exact import OffsetChange
 from lorafit.merging.plan import Plan
 from lorafit.merging.requantize import RoundedChange
+from lorafit.merging.run import HeldOut, HeldOutRows, check_loss
 from lorafit.merging.verify import verify
 from lorafit.models.load import load_base
-from lorafit.modules import AdapterModule, PackedLinear, QALoRALinear
+from lorafit.modules import AdapterModule, PackedLinear, QALoRALinear, adapters_disabled
 from lorafit.modules.experts import ExpertStack
-from lorafit.training.setup import fit_length
 
 
 @dataclass(frozen=True)
@@ -107,25 +103,6 @@ class Requantized:
 
 
 @dataclass(frozen=True)
-class HeldOut:
-    """Loss on the run's held-out rows, in lorafit.
-
-    Attributes:
-        run_loss: Of base and adapter, nats per answer token.
-        merged_loss: Of the merged file; the same number, unless tensors were rounded anew.
-        rows: How many rows.
-        tokens: How many answer tokens.
-        compute: Arithmetic type, the same for both.
-    """
-
-    run_loss: float
-    merged_loss: float
-    rows: int
-    tokens: int
-    compute: str
-
-
-@dataclass(frozen=True)
 class Certificate:
     """What is known about a merged file.
 
@@ -177,22 +154,20 @@ def certify(
     written = Path(written)
     say("comparing every byte with the base")
     comparison = verify(plan, written)
-    path = plan.run / HELD_OUT_FILE
-    examples = read_examples(path) if path.is_file() else []
-    documents = encode_all(examples, plan.base.tokenizer)
+    rows = plan.run.held_out(plan.base.tokenizer)
     exact = [change for change in plan.changes if isinstance(change, OffsetChange)]
-    if examples:
-        say(f"measuring run and merged file on {len(examples)} held-out rows")
-    merged = load_base(written, compute=plan.config.compute).model
+    if rows:
+        say(f"measuring run and merged file on {len(rows.documents)} held-out rows")
+    merged = load_base(written, compute=plan.run.config.compute).model
     _check_weights(plan, merged, exact, name)
     rounded = _measure_rounding(plan, merged)
-    held_out = _compare_losses(plan, merged, documents, name)
+    held_out = _compare_losses(plan, merged, rows, name)
     if available():
         say("running base and merged file in llama.cpp")
     return Certificate(
         lorafit=__version__,
-        run=plan.run.resolve().name,
-        method="qalora",
+        run=plan.run.name,
+        method=plan.run.record.config.method,
         base=FileRecord(plan.base.path.name, plan.base_sha256, comparison.base_size),
         merged=FileRecord(name, comparison.sha256, comparison.size),
         weights=Weights(
@@ -206,7 +181,7 @@ def certify(
         ),
         requantized=rounded,
         held_out=held_out,
-        llamacpp=run_in_llamacpp(plan.base.path, written, name, examples, documents),
+        llamacpp=run_in_llamacpp(plan.base.path, written, name, rows.examples, rows.documents),
     )
 
 
@@ -252,22 +227,17 @@ def _matrices(layer: torch.nn.Module) -> Iterator[Tensor]:
         yield layer.packed.dense(torch.float32).clone()
 
 
-def _compare_losses(
-    plan: Plan, merged: PreTrainedModel, documents: Sequence[Document], name: str
-) -> HeldOut | NotMeasured:
+def _compare_losses(plan: Plan, merged: PreTrainedModel, rows: HeldOutRows, name: str) -> HeldOut | NotMeasured:
     """The loss of the file is that of the run to the last bit, or near it where tensors were rounded anew."""
-    if not documents:
+    if not rows:
         return NO_ROWS
-    config, context = plan.config, merged.config.max_position_embeddings
-    documents = fit_length(documents, min(config.max_length or context, context), config.truncate)
-    batches = split_passes(documents, config.pass_tokens)
-    of_run, of_file = evaluate(plan.base.model, batches), evaluate(merged, batches)
+    model = plan.base.model
+    with adapters_disabled(model):
+        before = rows.measure(model)
+    of_run, of_file = rows.measure(model), rows.measure(merged)
     if plan.requantize is None and of_run.loss != of_file.loss:
         raise MergeError(f"{name} is not kept: its held-out loss is {of_file.loss!r}, that of the run {of_run.loss!r}")
-    if not of_file.loss <= of_run.loss + plan.tolerance:
-        raise MergeError(
-            f"{name} is not kept: rounding to --requantize {plan.requantize} raised the held-out loss from "
-            f"{of_run.loss:.4f} to {of_file.loss:.4f}, by more than --tolerance {plan.tolerance:g}; choose a finer one"
-        )
     compute = str(plan.base.compute).removeprefix("torch.")
-    return HeldOut(of_run.loss, of_file.loss, len(documents), of_run.tokens, compute)
+    held_out = HeldOut(before.loss, of_run.loss, of_file.loss, len(rows.documents), of_run.tokens, compute)
+    check_loss(held_out, plan.tolerance, name, f"rounding to --requantize {plan.requantize}")
+    return held_out

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lorafit.adapters.peft import OFFSETS_FILE, read_offsets_file
 from lorafit.containers.gguf import TensorInfo
 from lorafit.errors import MergeError
 from lorafit.formats import block_format, promote, write_offsets
@@ -91,20 +92,29 @@ def differing(one: Tensor, other: Tensor) -> int:
     return int(torch.count_nonzero(one != other))
 
 
-def check_origin(path: Path, modules: Mapping[str, QALoRALinear], stored: Mapping[str, Tensor]) -> int:
+def hold_stored(adapter: Path, modules: Mapping[str, QALoRALinear]) -> int:
+    """Let layers compute with the offsets that a run stored; returns how many round otherwise here.
+
+    Args:
+        adapter: Directory of the adapter.
+        modules: Name -> layer with the stored A and B.
+
+    Raises:
+        MergeError: The offsets are not complete, or not those of the stored A and B.
+    """
+    stored = read_offsets_file(adapter)
+    otherwise = _check_origin(adapter / OFFSETS_FILE, modules, stored)
+    for name, module in modules.items():
+        module.hold(stored[name])
+    return otherwise
+
+
+def _check_origin(path: Path, modules: Mapping[str, QALoRALinear], stored: Mapping[str, Tensor]) -> int:
     """The stored offsets are complete and those of the stored A and B; returns how many round otherwise here.
 
     Another processor may add up B A in another order. That moves a number by far less than half precision can tell,
     so it may go to its neighbour where it lies at the edge between two: at most one unit in the last place of the
     larger of m and m' (m' itself can be nearly zero where m and the update cancel), and seldom.
-
-    Args:
-        path: The file of the stored offsets.
-        modules: Name -> layer with the stored A and B.
-        stored: Name -> float16 [out_dim, blocks in a row].
-
-    Raises:
-        MergeError: They are not.
     """
     _check_complete(path, modules, stored)
     otherwise = total = 0

@@ -1,35 +1,28 @@
 """From a run to a merge that is known to fit, and to the file.
 
-The steps: *detect* that this run can be merged and that its base is, by hash, the file that it was trained on (a merged
-file is not, so nothing is merged twice); *plan* what becomes of which tensor; *validate* that it fits; *apply*. What
-was written is then *verified* side by side with the base (``verify.py``) and measured (``certificate.py``).
+The steps: *detect* that this run can be merged and that its base has, by hash, the tensors that it was trained on (a
+merged file has not, so nothing is merged twice); *plan* what becomes of which tensor; *validate* that it fits; *apply*.
+What was written is then *verified* side by side with the base (``verify.py``) and measured (``certificate.py``).
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
-from torch import Tensor
-
-from lorafit.adapters import load_adapter, read_record
-from lorafit.adapters.peft import OFFSETS_FILE, read_offsets_file
-from lorafit.config import QALoRA, Requantize, TrainConfig, read_settings
+from lorafit.adapters import load_adapter
+from lorafit.config import QALoRA, Requantize
 from lorafit.containers.atomic import fingerprint
 from lorafit.containers.gguf import GGUFFile
 from lorafit.containers.gguf_writer import rewrite
-from lorafit.errors import MergeError, MissingFileError
-from lorafit.merging.engine import HELD_OUT_FILE
-from lorafit.merging.exact import OffsetChange, check_origin
+from lorafit.errors import MergeError
+from lorafit.merging.exact import OffsetChange, hold_stored
 from lorafit.merging.requantize import RoundedChange, packed_weights, rounded_changes
+from lorafit.merging.run import DEFAULT_TOLERANCE, Run, check_tolerance, detect
 from lorafit.models.base import Base
-from lorafit.models.load import load_base
 from lorafit.modules import AdapterModule, PackedEmbedding, QALoRALinear, adapter_modules
-
-DEFAULT_TOLERANCE = 0.05  # nats per token of held-out loss
 
 
 @dataclass(frozen=True)
@@ -37,8 +30,7 @@ class Plan:
     """A merge that is known to fit.
 
     Attributes:
-        run: Directory of the run.
-        config: Its settings.
+        run: The run.
         base: The loaded base with the adapter on it, computing with the stored offsets: the run itself.
         base_sha256: Hash of the base file.
         file: The base file.
@@ -48,8 +40,7 @@ class Plan:
         tolerance: By how much that may raise the held-out loss.
     """
 
-    run: Path
-    config: TrainConfig
+    run: Run
     base: Base
     base_sha256: str
     file: GGUFFile
@@ -59,40 +50,38 @@ class Plan:
     tolerance: float = DEFAULT_TOLERANCE
 
 
-def plan(run: str | Path, *, requantize: Requantize | None = None, tolerance: float | None = None) -> Plan:
+def plan(run: str | Path, *, requantize: Requantize | None = None, certificate_tolerance: float | None = None) -> Plan:
     """Detect what a run is, work out its merge and validate it; nothing is written.
 
     Args:
         run: Directory of a run.
         requantize: The format to which tensors with plain LoRA are rounded; ``keep`` for the format of each.
-        tolerance: By how much that may raise the held-out loss, in nats per token.
+        certificate_tolerance: By how much that may raise the held-out loss, in nats per token.
 
     Raises:
         MissingFileError: There is no such run, it is not complete, or its base has gone.
         MergeError: Its method has no exact merge, its base is not the file that it was trained on, its stored offsets
             do not fit the file or do not belong to its adapter, or ``requantize`` is missing, idle or impossible.
     """
-    run = Path(run)
-    base, config, sha256 = _detect(run)
-    load_adapter(base.model, run / "adapter", hold_offsets=False)
+    found = detect(run)
+    base = _mergeable_base(found)
+    load_adapter(base.model, found.adapter, hold_offsets=False)
     adapters = adapter_modules(base.model)
-    stored = read_offsets_file(run / "adapter")
     file = GGUFFile.open(base.path)
     _check_tensors(base, adapters, file)
     exact = {name: module for name, module in adapters.items() if isinstance(module, QALoRALinear)}
     beside = {name: module for name, module in adapters.items() if name not in exact}
-    _check_options(run, len(beside), requantize, tolerance)
-    rounded_otherwise = check_origin(run / "adapter" / OFFSETS_FILE, exact, stored)
+    tolerance = _check_options(found, len(beside), requantize, certificate_tolerance)
+    rounded_otherwise = hold_stored(found.adapter, exact)
     changes: list[OffsetChange | RoundedChange] = []
     for name, module in exact.items():
-        module.hold(stored[name])
-        changes.append(_offset_change(name, module, file, stored[name]))
+        changes.append(_offset_change(name, module, file))
     if requantize is not None:
         for name, other in beside.items():
             changes += rounded_changes(name, other, file.tensors, requantize)
     changes.sort(key=lambda change: change.tensor.offset)
-    tolerance = DEFAULT_TOLERANCE if tolerance is None else tolerance
-    return Plan(run, config, base, sha256, file, tuple(changes), rounded_otherwise, requantize, tolerance)
+    sha256 = fingerprint(base.path)
+    return Plan(found, base, sha256, file, tuple(changes), rounded_otherwise, requantize, tolerance)
 
 
 def apply(plan: Plan, target: str | Path) -> None:
@@ -111,56 +100,43 @@ def apply(plan: Plan, target: str | Path) -> None:
     rewrite(plan.file, target, {change.tensor.name: change for change in plan.changes})
 
 
-def _detect(run: Path) -> tuple[Base, TrainConfig, str]:
-    """The base of a run that can be merged, the run's settings, and the hash of the base."""
-    adapter = run / "adapter"
-    if not adapter.is_dir():
-        raise MissingFileError(f"{run} is not a run: it has no directory adapter/; give what `lorafit train` wrote")
-    record = read_record(adapter)
+def _mergeable_base(run: Run) -> Base:
+    """The base of a run that can be merged into a GGUF file."""
+    record = run.record
     if record.quantize:
         raise MergeError(
-            f"{run} was trained on {record.base} as it is after --quantize {record.quantize}: there is no GGUF file of "
-            f"these blocks to merge into; ship {adapter} beside the base"
+            f"{run.path} was trained on {record.base} as it is after --quantize {record.quantize}: there is no GGUF "
+            f"file of these blocks to merge into; merge into a directory, or ship {run.adapter} beside the base"
         )
     if not isinstance(record.config, QALoRA):
         raise MergeError(
-            f"{run} was trained with --method {record.config.method}, whose update does not fit into the blocks "
-            f"of a GGUF file; ship {adapter} beside the base, or train with --method qalora"
+            f"{run.path} was trained with --method {record.config.method}, whose update does not fit into the blocks "
+            f"of a GGUF file; ship {run.adapter} beside the base, or train with --method qalora"
         )
-    config = TrainConfig(**read_settings(run / "config.yaml"))
-    base = load_base(record.base, compute=config.compute)
+    base = run.load_base(run.config.compute)
     if not base.path.is_file():
-        raise MergeError(f"{base.path} is no GGUF file, and merge writes one into another; ship {adapter} beside it")
-    sha256 = fingerprint(base.path)
-    if sha256 != record.base_sha256:
         raise MergeError(
-            f"{base.path} is not the file that {run} was trained on (its SHA-256 is {sha256[:12]}…, that one's "
-            f"{record.base_sha256[:12]}…): it is another model or one that was merged already; put the original back"
+            f"{base.path} is no GGUF file to merge into; merge into a directory, or ship {run.adapter} beside it"
         )
-    return base, config, sha256
+    return base
 
 
-def _check_options(run: Path, beside: int, requantize: Requantize | None, tolerance: float | None) -> None:
+def _check_options(run: Run, beside: int, requantize: Requantize | None, tolerance: float | None) -> float:
     """Tensors with plain LoRA need a format to be rounded to, and without them there is nothing to round."""
     if requantize is not None and requantize not in get_args(Requantize):
         raise MergeError(f"--requantize {requantize} is not one of {', '.join(get_args(Requantize))}")
     if beside and requantize is None:
         raise MergeError(
-            f"{run} trained plain LoRA on {beside} layers (--frozen-tensors lora), which merge only by being rounded "
-            f"anew: say to what, as in --requantize q8_0, or ship {run / 'adapter'} beside the base"
+            f"{run.path} trained plain LoRA on {beside} layers (--frozen-tensors lora), which merge only by being "
+            f"rounded anew: say to what, as in --requantize q8_0, or ship {run.adapter} beside the base"
         )
     if requantize is not None and not beside:
-        raise MergeError(f"--requantize {requantize} has no effect on {run}, of which every layer merges exactly")
-    if tolerance is None:
-        return
-    if requantize is None:
+        raise MergeError(f"--requantize {requantize} has no effect on {run.path}, of which every layer merges exactly")
+    if tolerance is not None and requantize is None:
         raise MergeError(
-            f"--tolerance {tolerance:g} has no effect without --requantize: the loss may not change at all"
+            f"--certificate-tolerance {tolerance:g} has no effect without --requantize: the loss may not change at all"
         )
-    if not 0 <= tolerance < math.inf:
-        raise MergeError(f"--tolerance is {tolerance:g}, but must be at least 0")
-    if not (run / HELD_OUT_FILE).is_file():
-        raise MergeError(f"--tolerance {tolerance:g} has no effect: {run} held no rows out to measure the loss on")
+    return check_tolerance(run, tolerance)
 
 
 def _check_tensors(base: Base, adapters: Mapping[str, AdapterModule], file: GGUFFile) -> None:
@@ -181,6 +157,7 @@ def _check_tensors(base: Base, adapters: Mapping[str, AdapterModule], file: GGUF
             )
 
 
-def _offset_change(name: str, module: QALoRALinear, file: GGUFFile, offsets: Tensor) -> OffsetChange:
+def _offset_change(name: str, module: QALoRALinear, file: GGUFFile) -> OffsetChange:
     packed = module.base.packed
-    return OffsetChange(name, file.tensors[packed.name], module.trained.format_name, offsets, packed.rows)
+    tensor, offsets = file.tensors[packed.name], module.merged_offsets()
+    return OffsetChange(name, tensor, module.trained.format_name, offsets, packed.rows)

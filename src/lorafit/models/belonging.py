@@ -1,7 +1,7 @@
 """Whether an adapter belongs to a base.
 
-An adapter that lorafit wrote holds the hash of its base, and goes with no other. One of PEFT's only names it, and the
-name of a file in another format says little: then shapes are all that can be compared, and the user is told.
+An adapter that lorafit wrote holds a hash of its base's tensors, and goes with no other. One of PEFT's only names it,
+and the name of a file in another format says little: then shapes are all that can be compared, and the user is told.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from pathlib import Path
 
 from lorafit.adapters import AdapterRecord
 from lorafit.config import Quantize
-from lorafit.containers.atomic import fingerprint
 from lorafit.errors import AdapterError, ConfigError, LorafitWarning
 from lorafit.models.base import Base
 
@@ -35,10 +34,10 @@ def check_base(record: AdapterRecord, base: Base, directory: str | Path) -> None
         LorafitWarning: That cannot be told.
     """
     if record.base_sha256:
-        if fingerprint(base.path) != record.base_sha256:
+        if not record.fits(base.path):
             raise AdapterError(
-                f"{base.path} is not what {directory} was trained on (its SHA-256 is another): it was changed or "
-                "replaced; put the original back, or train anew"
+                f"{base.path} is not what {directory} was trained on (its tensors have another hash): it was changed "
+                "or replaced; put the original back, or train anew"
             )
     elif not _same_name(record.base, base.path):
         named = f"names {record.base} as its base" if record.base else "does not name its base"

@@ -31,6 +31,9 @@ from lorafit.models.streaming import fill_model
 # Where config.json says what an exported model was unpacked from: the file's name and hash, and each tensor's format.
 ORIGIN = "lorafit_origin"
 
+# Where config.json says which runs were merged into a model: a list of what ``lorafit.merging`` says of each.
+MERGED = "lorafit_merged"
+
 # Settings of config.json that change what a model computes or how it is stored, and that lorafit does not carry out.
 _UNSUPPORTED = {
     "quantization_config": "lorafit does not read weights that are quantised so; use a GGUF file of the model",
@@ -43,18 +46,24 @@ _UNSUPPORTED = {
 
 
 def load_directory(
-    path: Path, dtype: torch.dtype, quantize: Quantize | None = None, importance: Importance | None = None
+    path: Path,
+    dtype: torch.dtype,
+    quantize: Quantize | None = None,
+    importance: Importance | None = None,
+    *,
+    mapped: bool = False,
 ) -> Base:
     """Load a directory.
 
-    A checkpoint that bitsandbytes quantised, and one that is to be quantised, is read tensor by tensor
-    (`lorafit.models.streaming`); any other as transformers does.
+    A checkpoint that bitsandbytes quantised, one that is to be quantised, and one that is to stay in its files is read
+    tensor by tensor (`lorafit.models.streaming`); any other as transformers does.
 
     Args:
         path: With config.json, safetensors and a tokenizer.
         dtype: Type of all parameters that are not packed.
         quantize: What to quantise the linear layers to.
         importance: How strongly each input of each layer is used, for the search of q4_1 and q5_1.
+        mapped: Leave matrices that are not quantised in their files.
 
     Raises:
         ContainerError: A file is broken.
@@ -68,8 +77,8 @@ def load_directory(
             "--quantize, or quantise the original"
         )
     with _quiet_transformers():
-        if quantize or not is_full_precision(fields):
-            model, kept = _stream(path, dtype, quantize, importance)
+        if mapped or quantize or not is_full_precision(fields):
+            model, kept = _stream(path, dtype, quantize, importance, mapped)
         else:
             model, kept = _load_plain(path, dtype), {}
         try:
@@ -120,6 +129,15 @@ def is_full_precision(fields: Mapping[str, Any]) -> bool:
     return not fields.get("quantization_config")
 
 
+def merges(path: Path) -> list[dict[str, str]]:
+    """What was merged into the model in a directory, in that order; nothing for a file."""
+    try:
+        found = json.loads((path / "config.json").read_text(encoding="utf-8"))[MERGED]
+        return [{key: str(value) for key, value in merge.items()} for merge in found]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return []
+
+
 def _is_bitsandbytes(settings: object) -> bool:
     return isinstance(settings, dict) and settings.get("quant_method") == "bitsandbytes"
 
@@ -135,14 +153,14 @@ def _quantized_origin(fields: Mapping[str, Any]) -> str | None:
 
 
 def _stream(
-    path: Path, dtype: torch.dtype, quantize: Quantize | None, importance: Importance | None
+    path: Path, dtype: torch.dtype, quantize: Quantize | None, importance: Importance | None, mapped: bool
 ) -> tuple[PreTrainedModel, dict[str, str]]:
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         model = empty_model(config, dtype)
     except Exception as error:
         raise ModelError(f"{path} cannot be loaded: {_in_one_line(error)}") from error
-    kept = fill_model(model, SafetensorsDirectory.open(path), dtype, quantize, importance)
+    kept = fill_model(model, SafetensorsDirectory.open(path), dtype, quantize, importance, mapped=mapped)
     if (path / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(path)
     return model, kept

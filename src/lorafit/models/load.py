@@ -118,6 +118,7 @@ def load_base(
     compute: Compute = "auto",
     quantize: Quantize | None = None,
     importance: Importance | None = None,
+    mapped: bool = False,
 ) -> Base:
     """Load a base model.
 
@@ -127,6 +128,8 @@ def load_base(
         quantize: Quantise the linear layers of a full-precision base to this.
         importance: How strongly each input of each layer is used, for the search of q4_1 and q5_1: full name of the
             layer -> [in_dim]. None weighs all inputs alike.
+        mapped: Leave the matrices of a directory in its files, as those of a GGUF file are, where they are not
+            quantised: in the type that they have there, and without memory of their own.
 
     Raises:
         ConfigError: There is no such quantisation, or it fits no layer; or no such arithmetic.
@@ -136,18 +139,20 @@ def load_base(
     """
     if quantize is not None and quantize not in BLOCK_FORMATS:
         raise ConfigError(f"quantize is {quantize!r}, but must be one of {', '.join(BLOCK_FORMATS)}")
-    base = _load_base(model, compute, quantize, importance)
+    base = _load_base(model, compute, quantize, importance, mapped)
     name = str(model) if str(model) in EMBEDDED else os.path.abspath(base.path)
     remember_origin(base.model, Origin(name, base.path, quantize, importance))
     return base
 
 
-def _load_base(model: str | Path, compute: Compute, quantize: Quantize | None, importance: Importance | None) -> Base:
+def _load_base(
+    model: str | Path, compute: Compute, quantize: Quantize | None, importance: Importance | None, mapped: bool
+) -> Base:
     path = resolve(model)
     dtype = compute_dtype(compute)
     _settle_sines()
     if path.is_dir():
-        base = directory.load_directory(path, dtype, quantize, importance)
+        base = directory.load_directory(path, dtype, quantize, importance, mapped=mapped)
         settle_rotary(base.model, str(path))
         _check_effect(base)
         return base

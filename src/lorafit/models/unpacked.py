@@ -6,7 +6,7 @@ and norms are transformers' parameters.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from lorafit.containers.mapped import release
 from lorafit.modules import PackedEmbedding, PackedLinear, PackedWeight
-from lorafit.modules.experts import ExpertStack
+from lorafit.modules.experts import ExpertStack, PackedExperts
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ def unpacked_tensors(model: PreTrainedModel) -> dict[str, Unpacked]:
             if module is not head or module.packed is not shared:
                 tensors[f"{name}.weight"] = _of_packed(module.packed)
         elif isinstance(module, ExpertStack):
-            tensors |= _of_experts(name, module)
+            tensors |= expert_tensors(name, module)
     stacked = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, ExpertStack))
     for name, parameter in model.named_parameters():
         if not (stacked and name.startswith(stacked)):
@@ -58,21 +59,41 @@ def unpacked_tensors(model: PreTrainedModel) -> dict[str, Unpacked]:
 
 
 def _of_packed(packed: PackedWeight) -> Unpacked:
-    return Unpacked(packed.shape, packed.format_name, packed.dense)
+    def values(dtype: torch.dtype) -> Tensor:
+        unpacked = packed.dense(dtype)
+        release(packed.blocks)  # nobody reads them again soon
+        return unpacked
+
+    return Unpacked(packed.shape, packed.format_name, values)
 
 
 def _of_parameter(parameter: nn.Parameter) -> Unpacked:
     return Unpacked(tuple(parameter.shape), None, parameter.detach().to)
 
 
-def _of_experts(name: str, stack: ExpertStack) -> dict[str, Unpacked]:
-    """A matrix for each expert, as checkpoints have them; transformers fuses them when it loads."""
+def expert_tensors(
+    name: str, stack: ExpertStack, matrix: Callable[[int, torch.dtype], Tensor] | None = None
+) -> dict[str, Unpacked]:
+    """A matrix for each expert, as checkpoints have them; transformers fuses them when it loads.
+
+    Args:
+        name: Name of the stack.
+        stack: The experts.
+        matrix: Gives the matrix of an expert in a type; by default the one in the stack.
+    """
     prefix, kind = name.rsplit(".", 1)
     parts = ("gate_proj", "up_proj") if kind == "gate_up_proj" else (kind,)
     rows = stack.out_features // len(parts)
 
+    def unpacked(expert: int, dtype: torch.dtype) -> Tensor:
+        result = stack.dense(expert, dtype)
+        if isinstance(stack, PackedExperts):
+            for packed in stack.matrix(expert):
+                release(packed.blocks)
+        return result
+
     def values(expert: int, part: int) -> Callable[[torch.dtype], Tensor]:
-        return lambda dtype: stack.dense(expert, dtype)[part * rows : (part + 1) * rows]
+        return lambda dtype: (matrix or unpacked)(expert, dtype)[part * rows : (part + 1) * rows]
 
     return {
         f"{prefix}.{expert}.{part}.weight": Unpacked((rows, stack.in_features), stack.format_name, values(expert, i))
@@ -81,7 +102,7 @@ def _of_experts(name: str, stack: ExpertStack) -> dict[str, Unpacked]:
     }
 
 
-def plain_config(model: PreTrainedModel, dtype: torch.dtype, extra: dict[str, Any]) -> PreTrainedConfig:
+def plain_config(model: PreTrainedModel, dtype: torch.dtype, extra: Mapping[str, Any]) -> PreTrainedConfig:
     """What config.json says beside the unpacked weights.
 
     Args:

@@ -21,6 +21,7 @@ from lorafit.adapters import AdapterRecord, save_adapter
 from lorafit.adapters.peft import read_importance, write_importance
 from lorafit.config import TrainConfig
 from lorafit.containers.atomic import fingerprint
+from lorafit.containers.identity import hash_tensors
 from lorafit.data.packing import pack, split_passes
 from lorafit.errors import ConfigError, LorafitError, TrainingError
 from lorafit.evaluation.loss import Metrics, evaluate
@@ -220,7 +221,12 @@ class Run:
             if fingerprint(base.path) != sha256:
                 raise TrainingError(f"{base.path} changed while it was trained on; this run cannot be used, train anew")
             record = AdapterRecord(
-                self._adapter, lasting_name(self.config.model), sha256, base.quantize, self._importance
+                self._adapter,
+                lasting_name(self.config.model),
+                sha256,
+                base.quantize,
+                self._importance,
+                hash_tensors(base.path),
             )
             save_adapter(base.model, directory.adapter, record)
         records = directory.records()
