@@ -230,6 +230,8 @@ class TrainConfig:
         model: A .gguf file, a Hugging Face directory, or ``smollm2-135m``.
         data: Training rows: a .jsonl file of {"messages": [...]} or {"prompt": ..., "completion": ...}.
         output: Directory of the run. [default: runs/MODEL-METHOD]
+        adapter: Go on training the adapter in this directory, one of PEFT, of lorafit, or of a run, with its method,
+            rank and layers; options that contradict it are refused.
         method: ``qalora`` merges into a 4-bit file without loss, ``lora`` keeps the adapter beside the base, ``qlora``
             is lora beside a quantised base, and quantises a full-precision one to nf4. By default qalora where the base
             has block offsets, qlora with --quantize, else lora.
@@ -241,6 +243,8 @@ class TrainConfig:
         alpha: The adapter is scaled by alpha/rank.
         scaling: ``standard`` is alpha/rank, ``rslora`` alpha/sqrt(rank), ``plain`` alpha. Not with --method qalora.
         dropout: Dropout on the adapter's input. Not with --method qalora.
+        dora: Train the length of each row of a weight beside its direction (DoRA), which takes about half as long
+            again. Not with --method qalora.
         targets: Layers to adapt: ``all-linear``, or comma-separated names (q_proj,v_proj), or a regular expression.
         frozen_tensors: What becomes of targets that qalora cannot train, such as those in Q6_K, whose blocks have no
             offsets: ``frozen`` leaves them as they are, ``lora`` trains plain LoRA beside them, which merge can only
@@ -274,6 +278,7 @@ class TrainConfig:
     data: str
     _: KW_ONLY
     output: str | None = None
+    adapter: str | None = None
     method: Method | None = None
     quantize: Quantize | None = None
     importance_rows: int = 0
@@ -281,6 +286,7 @@ class TrainConfig:
     alpha: float = 32.0
     scaling: Scaling = "standard"
     dropout: float = 0.0
+    dora: bool = False
     targets: str = "all-linear"
     frozen_tensors: FrozenTensors = "frozen"
     learning_rate: float | None = None

@@ -84,6 +84,7 @@ def read_targets(fields: Mapping[str, Any]) -> str:
         return "all-linear"
     conditions = _excluded(fields.get("exclude_modules") or [])
     if not isinstance(targets, str):
+        targets = sorted(targets)  # PEFT writes a set of them, in any order
         conditions += _in_blocks(fields.get("layers_to_transform"), fields.get("layers_pattern") or [])
         if not conditions and all(re.fullmatch(r"[\w.]+", name) for name in (*targets, *parameters)):
             return ",".join([*targets, *parameters])

@@ -98,7 +98,8 @@ def _introduce(run: Run, console: Console) -> None:
             "model": config.model,
             "weights": "; ".join(describe_base(run.size, base.quantize, base.kept, base.second_quantization)),
             "data": data,
-            "method": f"{config.method}, rank {config.rank}, learning rate {config.learning_rate:g}",
+            "method": f"{config.method}, rank {config.rank}, learning rate {config.learning_rate:g}"
+            + (f", from the adapter in {config.adapter}" if config.adapter else ""),
             "compute": str(run.base.compute).removeprefix("torch."),
             "memory": f"{run.memory.level}: {run.memory.reason}",
             "run": f"{_count(run.last_step, 'step')} of {_step_size(config)} -> {config.output}",
@@ -146,7 +147,8 @@ def _conclude(summary: Summary, console: Console) -> None:
     """Say what came out and what to do with it."""
     before, after = summary.eval_before, summary.eval_after
     if before and after:
-        measured = {"base": before, "tuned": after}
+        started = {"adapter at the start": summary.eval_started} if summary.eval_started else {}
+        measured = {"base": before, **started, "tuned": after}
         rows = [(name, m.loss, m.perplexity, f"{m.token_accuracy:.1%}") for name, m in measured.items()]
         console.table(f"Held out: {after.tokens:,} answer tokens", ["", "loss", "perplexity", "accuracy"], rows)
     if summary.samples:

@@ -18,7 +18,8 @@ from typing import Any
 
 import yaml
 
-from lorafit.adapters.peft import IMPORTANCE_FILE
+from lorafit.adapters.peft import IMPORTANCE_FILE, weights_file
+from lorafit.adapters.updates import adapter_directory
 from lorafit.config import TrainConfig, read_settings
 from lorafit.containers.atomic import fingerprint, write_text
 from lorafit.data.readers import Example
@@ -40,7 +41,7 @@ _NOT_KEPT = ("overwrite",)
 _COSTS = ("memory",)
 
 # Settings that may say the same in other words; what counts is what lies there.
-_PATHS = ("model", "data", "eval_data", "output")
+_PATHS = ("model", "adapter", "data", "eval_data", "output")
 
 
 class RunDirectory:
@@ -82,8 +83,8 @@ class RunDirectory:
             raise OutputExistsError(f"{path} exists and is not a run, so it is not replaced; choose another --output")
         if not config.overwrite:
             raise OutputExistsError(f"{path} exists; choose another --output, or replace it with --overwrite")
-        for name in (config.model, config.data, config.eval_data):
-            if name and any(_lies_in(name, path / part) for part in _PARTS):
+        for name in (config.model, config.adapter, config.data, config.eval_data):
+            if name and any(_lies_in(place, path / part) for part in _PARTS for place in (name, f"{name}/adapter")):
                 raise ConfigError(f"--overwrite would remove {name}, which this run reads; choose another --output")
 
     def _is_run(self) -> bool:
@@ -193,6 +194,8 @@ def _settings(config: TrainConfig) -> dict[str, Any]:
 def _inputs(config: TrainConfig, base: Path) -> dict[str, str]:
     """Fingerprints of what a run starts from."""
     inputs = {"base_sha256": fingerprint(base), "data_sha256": fingerprint(config.data)}
+    if config.adapter:
+        inputs["adapter_sha256"] = fingerprint(weights_file(adapter_directory(config.adapter)))
     return inputs | ({"eval_data_sha256": fingerprint(config.eval_data)} if config.eval_data else {})
 
 

@@ -83,7 +83,13 @@ def choose_level(asked: Memory, step_bytes: Mapping[MemoryLevel, int], tokens: i
 
 
 def estimate_step(
-    model: PreTrainedModel, documents: Sequence[Document], *, itemsize: int, keeps_inputs: bool, mapped_bytes: int
+    model: PreTrainedModel,
+    documents: Sequence[Document],
+    *,
+    itemsize: int,
+    keeps_inputs: bool,
+    mapped_bytes: int,
+    keeps_outputs: bool = False,
 ) -> dict[MemoryLevel, int]:
     """Bytes that a step needs at its peak, at each memory level, besides what is in memory before it.
 
@@ -93,6 +99,7 @@ def estimate_step(
         itemsize: Bytes of a number in the compute type.
         keeps_inputs: Whether adapters keep their inputs, as LoRA's do.
         mapped_bytes: Weights that are read from a mapped file.
+        keeps_outputs: Whether adapters keep what their layers give, as DoRA's do.
     """
     config: Any = model.config
     lengths = [len(document.tokens) for document in documents]
@@ -103,6 +110,7 @@ def estimate_step(
     if getattr(config, "num_experts_per_tok", None):
         forward = config.moe_intermediate_size * config.num_experts_per_tok
     layer = 2 * width + query + 2 * key + 3 * forward + (2 * width + query + forward if keeps_inputs else 0)
+    layer += 2 * width + query + 2 * key + 2 * forward if keeps_outputs else 0
     scores = _SCORES * config.num_attention_heads * max(min(length, _PIECE) * length for length in lengths)
     logits = min(sum(sum(document.trained) for document in documents), _CHUNK) * config.vocab_size
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)

@@ -145,6 +145,7 @@ def write_model_card(path: Path, summary: Summary, config: TrainConfig) -> None:
                 ("model", summary.model),
                 ("SHA-256", summary.base_sha256),
                 ("licence", summary.licence),
+                *([("adapter at the start", summary.adapter)] if summary.adapter else []),
                 *([("quantised to", f"{summary.quantize}, while it is loaded")] if summary.quantize else []),
             ],
         ),
@@ -165,7 +166,12 @@ def _result(summary: Summary) -> list[str]:
         return ["Nothing was held out, so nothing was measured.", ""]
     rows = [
         (name, f"{metrics.loss:.4f}", f"{metrics.perplexity:.2f}", f"{metrics.token_accuracy:.1%}")
-        for name, metrics in (("base", summary.eval_before), ("tuned", summary.eval_after))
+        for name, metrics in (
+            ("base", summary.eval_before),
+            ("adapter at the start", summary.eval_started),
+            ("tuned", summary.eval_after),
+        )
+        if metrics
     ]
     table = _table(["held out", "loss", "perplexity", "token accuracy"], rows)
     return [*table, "", f"On {summary.eval_after.tokens:,} answer tokens of the rows in `heldout.jsonl`.", ""]

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from lorafit.adapters import AdapterRecord, save_adapter
+from lorafit.adapters import AdapterRecord, load_adapter, save_adapter
 from lorafit.adapters.peft import read_importance, write_importance
 from lorafit.config import TrainConfig
 from lorafit.containers.atomic import fingerprint
@@ -26,6 +26,7 @@ from lorafit.data.packing import pack, split_passes
 from lorafit.errors import ConfigError, LorafitError, TrainingError
 from lorafit.evaluation.loss import Metrics, evaluate
 from lorafit.models.base import Base
+from lorafit.models.belonging import check_base
 from lorafit.models.load import load_base
 from lorafit.models.quantizing import Importance
 from lorafit.modules import adapters_disabled, attach
@@ -39,6 +40,7 @@ from lorafit.training.importance import input_importance
 from lorafit.training.level import choose_level, estimate_step
 from lorafit.training.loop import Step, Trainer, longest_pass
 from lorafit.training.memory import free_memory, peak_rss_bytes
+from lorafit.training.start import start_directory, start_of
 from lorafit.training.summary import Summary, answer_samples, promotion_cost
 
 _REMEDY = "try a lower --learning-rate, or --compute fp32"
@@ -62,7 +64,13 @@ class Run:
     """
 
     def __init__(
-        self, config: TrainConfig, base: Base, rows: setup.Rows, data: setup.Data, say: Callable[[str], None]
+        self,
+        config: TrainConfig,
+        base: Base,
+        rows: setup.Rows,
+        data: setup.Data,
+        say: Callable[[str], None],
+        start: AdapterRecord | None = None,
     ) -> None:
         assert config.output is not None and config.method is not None and config.steps is not None
         self.config = config
@@ -75,17 +83,23 @@ class Run:
         self._say = say
         self._before: Metrics | None = None
         self._promoted: Metrics | None = None
+        self._started: Metrics | None = None
         self._importance: Importance | None = None
         torch.manual_seed(config.seed)
-        self._adapter = setup.adapter_config(config, config.method)
+        self._adapter = start.config if start else setup.adapter_config(config, config.method)
         self.size = measure_size(base.model)
-        self.coverage = attach(base.model, self._adapter)
+        directory = start_directory(config)
+        if directory is None:
+            self.coverage = attach(base.model, self._adapter)
+        else:
+            self.coverage = load_adapter(base.model, directory, hold_offsets=False)[1]
         longest = longest_pass(data.training, config)
         need = estimate_step(
             base.model,
             longest,
             itemsize=base.compute.itemsize,
             keeps_inputs=config.method != "qalora",
+            keeps_outputs=config.dora,
             mapped_bytes=self.size.nbytes if base.path.is_file() else 0,
         )
         self.memory = choose_level(
@@ -105,6 +119,7 @@ class Run:
         Raises:
             LorafitError: Of the type that fits.
         """
+        config, start = start_of(config)
         setup.check_options(config)
         if resume:
             if config.output is None:
@@ -117,14 +132,16 @@ class Run:
             RunDirectory(config.output).check_free(config)
         rows = setup.read_rows(config)
         config = setup.choose_quantization(config)
-        importance = None
+        importance = start.importance if start else None
         if config.importance_rows:
             kept = read_importance(Path(config.output)) if resume and config.output else None
             importance = kept or cls._measure_importance(config, rows, say)
         base = load_base(config.model, compute=config.compute, quantize=config.quantize, importance=importance)
+        if start and config.adapter:
+            check_base(start, base, config.adapter)
         data = setup.encode_rows(rows, config, base.model, base.tokenizer)
         config = setup.resolve(config, base.model, data)
-        run = cls(config, base, rows, data, say)
+        run = cls(config, base, rows, data, say, start)
         run._importance = importance
         if resume:
             run.directory.check_same(config, base.path)
@@ -147,12 +164,15 @@ class Run:
             self._before = self._evaluate("base")
         if self.coverage.promoted:
             self._promoted = self._evaluate("base with promoted weights")
+        if self.config.adapter:
+            self._started = self._evaluate("the adapter that it starts from")
         self.directory.create(self.config, self.base.path, self.rows.held_out)
         if self._importance:
             write_importance(self.directory.path, self._importance)
         self.begun = True
         self.directory.record_evaluation(0, self._before)
         self.directory.record_evaluation(0, self._promoted, "promoted")
+        self.directory.record_evaluation(0, self._started, "started")
 
     def go_on(self) -> None:
         """Return to the last checkpoint."""
@@ -161,6 +181,7 @@ class Run:
         self.directory.rewind(self.trainer.done, self.last_step)
         self._before = self.directory.evaluation_at(0)
         self._promoted = self.directory.evaluation_at(0, "promoted")
+        self._started = self.directory.evaluation_at(0, "started")
         self._say(f"going on after step {self.trainer.done}")
 
     def steps(self) -> Iterator[Step]:
@@ -255,6 +276,8 @@ class Run:
             coverage=self.coverage,
             promotion=promotion_cost(self.coverage, base.path, self._before, self._promoted),
             samples=samples,
+            adapter=self.config.adapter,
+            eval_started=self._started,
         )
         report.write(directory.path, summary, self.config, records)
         return summary

@@ -127,7 +127,7 @@ def check_options(config: TrainConfig) -> None:
     if (Path(config.model) / "adapter").is_dir():
         raise ConfigError(
             f"{config.model} is a run, but training starts from a base; give the base, or go on with the run by "
-            "--resume"
+            "--resume, or train its adapter on by --adapter"
         )
     if config.truncate and config.max_length is None:
         raise ConfigError("--truncate needs --max-length, the length to cut at")
@@ -281,8 +281,9 @@ def adapter_config(config: TrainConfig, method: Method) -> AdapterConfig:
             scaling=config.scaling,
             dropout=config.dropout,
             targets=config.targets,
+            dora=config.dora,
         )
-    _refuse_idle(config, ("dropout", "scaling"), "with --method qalora, only with lora and qlora")
+    _refuse_idle(config, ("dropout", "scaling", "dora"), "with --method qalora, only with lora and qlora")
     return QALoRA(rank=config.rank, alpha=config.alpha, targets=config.targets, frozen_tensors=config.frozen_tensors)
 
 

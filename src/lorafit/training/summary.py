@@ -109,6 +109,8 @@ class Summary:
         coverage: Which layers were trained, and why the others were not.
         promotion: What it cost to give blocks offsets; None where none had to be given.
         samples: Held-out prompts answered by both.
+        adapter: The adapter that the run started from, if it went on training one.
+        eval_started: Metrics of that adapter.
     """
 
     output: str
@@ -134,6 +136,8 @@ class Summary:
     coverage: Coverage
     promotion: PromotionCost | None
     samples: list[Sample]
+    adapter: str | None = None
+    eval_started: Metrics | None = None
 
     @property
     def tokens_per_second(self) -> float:
