@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from lorafit import formats as formats
     from lorafit import nn as nn
     from lorafit.adapters.pretrained import attach as attach
+    from lorafit.adapters.several import Adapters as Adapters
     from lorafit.commands.adapters import combine as combine
     from lorafit.commands.export import export as export
     from lorafit.commands.merge import merge as merge
@@ -35,6 +36,7 @@ __version__ = "0.1.0.dev0"
 
 # Name -> the module that defines it; a module that is public itself maps to None.
 _HOME = {
+    "Adapters": "lorafit.adapters.several",
     "Combination": "lorafit.config",
     "LoRA": "lorafit.config",
     "QALoRA": "lorafit.config",
@@ -51,6 +53,7 @@ _HOME = {
 }
 
 __all__ = [
+    "Adapters",
     "Combination",
     "LoRA",
     "QALoRA",

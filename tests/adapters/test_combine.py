@@ -281,10 +281,15 @@ def test_adapters_of_different_bases_are_refused(tiny: TinyLlama, tmp_path: Path
         other = saved(tiny, tmp_path / "other", LoRA(rank=2), **changes)
         with pytest.raises(AdapterError, match="were not trained on the same base"):
             common_base([one, other])
+    tensors = [
+        saved(tiny, tmp_path / digest, LoRA(rank=2), base_sha256=digest, base_tensors_sha256="2" * 64)
+        for digest in "34"
+    ]
+    assert common_base(tensors).base_sha256 == "3"  # files with other metadata and the same tensors
     renamed = saved(tiny, tmp_path / "other", LoRA(rank=2), base="elsewhere/tiny.gguf")
     assert common_base([one, renamed]).base == "tiny.gguf"
     unknown = [saved(tiny, tmp_path / name, LoRA(rank=2), base=name, base_sha256="") for name in "ab"]
-    with pytest.raises(AdapterError, match=r"a and .*b were not trained on the same base: the base is a and b"):
+    with pytest.raises(AdapterError, match=r"a and .*b were not trained on the same base: name is a and b"):
         common_base(unknown)
 
 

@@ -165,7 +165,7 @@ def test_what_combine_refuses(folder: Path, tiny: TinyLlama, capsys: pytest.Capt
 
     assert "there is nothing to combine" in says("--output", out)
     assert "must be 2 numbers" in says(run, alone, "--output", out, "--weights", "1")
-    assert "not trained on the same base: the base is" in says(run, foreign, "--output", out)
+    assert "not trained on the same base: SHA-256 is" in says(run, foreign, "--output", out)
     assert "density has no effect" in says(run, alone, "--output", out, "--density", "0.5")
     assert "--base has no effect" in says(run, alone, "--output", out, "--base", str(tiny.path))
     assert "run exists and is no adapter" in says(run, alone, "--output", run, "--overwrite")

@@ -23,7 +23,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -132,18 +132,27 @@ def common_base(adapters: Sequence[Adapter]) -> AdapterRecord:
     """
     first = adapters[0]
     for other in adapters[1:]:
-        for what, one, two in (
-            ("base", first.record.base_sha256, other.record.base_sha256),
-            ("base", first.record.base, first.record.base if first.record.base_sha256 else other.record.base),
-            ("quantisation of the base", first.record.quantize or "none", other.record.quantize or "none"),
-            ("weighing of that quantisation", *(_digest(each.record.importance) for each in (first, other))),
-        ):
-            if one != two:
-                raise AdapterError(
-                    f"{first.path} and {other.path} were not trained on the same base: the {what} is "
-                    f"{one or 'not known by hash'} and {two or 'not known by hash'}"
-                )
+        if difference := base_difference(first.record, other.record):
+            raise AdapterError(f"{first.path} and {other.path} were not trained on the same base: {difference}")
     return first.record
+
+
+def base_difference(one: AdapterRecord, two: AdapterRecord) -> str | None:
+    """In what two bases differ, in a few words; None if they are the same. Without hashes they go by their names."""
+    if one.base_tensors_sha256 and two.base_tensors_sha256:
+        identity = "SHA-256 of its tensors", one.base_tensors_sha256, two.base_tensors_sha256
+    elif one.base_sha256 or two.base_sha256:
+        identity = "SHA-256", one.base_sha256, two.base_sha256
+    else:
+        identity = "name", one.base, two.base
+    for what, first, second in (
+        identity,
+        ("quantisation", one.quantize or "none", two.quantize or "none"),
+        ("weighing of the quantisation", _digest(one.importance), _digest(two.importance)),
+    ):
+        if first != second:
+            return f"{what} is {first or 'not known'} and {second or 'not known'}"
+    return None
 
 
 def save_combined(combined: Combined, directory: Path, record: AdapterRecord) -> None:
@@ -160,7 +169,7 @@ def save_combined(combined: Combined, directory: Path, record: AdapterRecord) ->
     targets = _targets(combined)
     # The factor alpha/rank is 1, in which all tools agree.
     config = LoRA(rank=combined.rank, alpha=float(combined.rank), targets=read_targets(targets))
-    record = AdapterRecord(config, record.base, record.base_sha256, record.quantize, record.importance)
+    record = replace(record, config=config)
     weights = {}
     for place, update in combined.updates.items():
         a, b = update.a, update.b

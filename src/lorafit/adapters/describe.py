@@ -82,6 +82,7 @@ def describe(adapter: Adapter) -> dict[str, Any]:
         "path": str(adapter.path),
         "base": record.base,
         "base_sha256": record.base_sha256,
+        "base_tensors_sha256": record.base_tensors_sha256,
         "quantize": record.quantize,
         "method": record.config.method,
         **settings,

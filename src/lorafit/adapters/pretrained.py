@@ -66,6 +66,11 @@ def remember_origin(model: nn.Module, origin: Origin) -> None:
     object.__setattr__(model, "_lorafit_origin", origin)
 
 
+def origin_of(model: nn.Module) -> Origin | None:
+    """What was noted on a model; None if lorafit did not load it."""
+    return getattr(model, "_lorafit_origin", None)
+
+
 def save_as_adapter(model: nn.Module, config: AdapterConfig) -> None:
     """Let ``model.save_pretrained`` write the adapter that the model has."""
     object.__setattr__(model, "save_pretrained", partial(_save_pretrained, model, config))
@@ -89,11 +94,12 @@ def _save_pretrained(
     if push_to_hub:
         raise ConfigError(f"push_to_hub: lorafit uploads nothing; upload {save_directory} once it is written")
     if is_main_process:
-        save_adapter(model, save_directory, _record(model, config))
+        save_adapter(model, save_directory, record_of(model, config))
 
 
-def _record(model: nn.Module, config: AdapterConfig) -> AdapterRecord:
-    origin: Origin | None = getattr(model, "_lorafit_origin", None)
+def record_of(model: nn.Module, config: AdapterConfig) -> AdapterRecord:
+    """What an adapter that was trained on this model says about itself."""
+    origin = origin_of(model)
     if origin is not None:
         hashes = fingerprint(origin.path), hash_tensors(origin.path)
         return AdapterRecord(config, origin.name, hashes[0], origin.quantize, origin.importance, hashes[1])

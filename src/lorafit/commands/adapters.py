@@ -85,21 +85,21 @@ def _check_free(target: Path, overwrite: bool) -> None:
 def _vouched(adapters: Sequence[Adapter], base: str | Path) -> list[Adapter]:
     """The same adapters, of which those that do not know their base by its hash now do."""
     from lorafit.containers.atomic import fingerprint
+    from lorafit.containers.identity import hash_tensors
     from lorafit.models.load import resolve
     from lorafit.models.pull import EMBEDDED
 
     if all(adapter.record.base_sha256 for adapter in adapters):
         raise ConfigError("--base has no effect: every adapter says by a hash what it was trained on; leave it out")
-    digest = fingerprint(resolve(base))
+    path = resolve(base)
     name = str(base) if base in EMBEDDED else os.path.abspath(base)
+    sha256, of_tensors = fingerprint(path), hash_tensors(path)
     result = []
     for adapter in adapters:
-        known = adapter.record.base_sha256
-        if known and known != digest:
-            raise AdapterError(
-                f"{adapter.path} was not trained on {base}: its base has the SHA-256 {known}, not {digest}"
-            )
-        result.append(replace(adapter, record=replace(adapter.record, base=name, base_sha256=digest)))
+        if not adapter.record.fits(path):
+            raise AdapterError(f"{adapter.path} was not trained on {base}, whose tensors have another hash")
+        record = replace(adapter.record, base=name, base_sha256=sha256, base_tensors_sha256=of_tensors)
+        result.append(replace(adapter, record=record))
     return result
 
 

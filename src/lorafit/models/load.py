@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lorafit.adapters import AdapterRecord, load_adapter, read_record
+from lorafit.adapters.belonging import check_base, quantization_of
 from lorafit.adapters.peft import CONFIG_FILE
 from lorafit.adapters.pretrained import Origin, remember_origin
 from lorafit.config import Compute, Quantize
@@ -19,7 +20,6 @@ from lorafit.errors import ConfigError, MissingFileError, ModelError
 from lorafit.formats import block_format
 from lorafit.models import directory, keymap
 from lorafit.models.base import Base
-from lorafit.models.belonging import check_base, quantization_of
 from lorafit.models.gguf import model_from_gguf
 from lorafit.models.longrope import settle_rotary
 from lorafit.models.pull import EMBEDDED, pull
@@ -107,7 +107,7 @@ def load_adapted(
             )
     how = quantization_of(record, quantize, directory)
     base = load_base(base_model, compute=compute, quantize=how, importance=record.importance)
-    check_base(record, base, directory)
+    check_base(record, base.path, directory)
     load_adapter(base.model, adapter)
     return base, record
 

@@ -21,9 +21,10 @@ while the adapter is disabled; their pages are given back after use, so that no 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +36,8 @@ from lorafit.formats import PROMOTED, block_format, promote, read_offsets
 from lorafit.kernels import step
 from lorafit.modules.adapter import AdapterModule
 from lorafit.modules.packed import FUSED_TOKENS, PackedLinear, PackedWeight
+
+T = TypeVar("T")
 
 
 def has_offsets(format_name: str) -> bool:
@@ -74,11 +77,9 @@ class QALoRALinear(AdapterModule):
                 f"much; use --rank {groups} or less"
             )
         self.scale = config.scale
-        self.promoted = _promoted(packed) if target else None
-        packed = self.trained
-        offsets = read_offsets(packed.blocks, packed.format_name)
-        self.register_buffer("offsets", offsets if packed.rows is None else offsets[packed.rows], persistent=False)
-        device = packed.blocks.device
+        self.promoted = _shared(packed, _PROMOTED_WEIGHTS, _promoted) if target else None
+        self.register_buffer("offsets", _shared(self.trained, _OFFSETS, _read_offsets), persistent=False)
+        device = self.trained.blocks.device
         self.qalora_A = nn.Parameter(torch.empty(config.rank, groups, device=device))
         self.qalora_B = nn.Parameter(torch.zeros(self.out_features, config.rank, device=device))
         nn.init.uniform_(self.qalora_A, -(self.in_features**-0.5), self.in_features**-0.5)
@@ -169,6 +170,27 @@ class _OffsetProduct(torch.autograd.Function):
 def _group_sums(x: Tensor, group: int) -> Tensor:
     """Sums over each block: [tokens, in_dim] -> [tokens, in_dim / group]."""
     return step.group_sums(x, group) if step.serves(x, group) else x.unflatten(1, (-1, group)).sum(-1)
+
+
+# What several adapters of one weight have in common, kept as long as one of them lives: the promoted weight, offsets.
+_PROMOTED_WEIGHTS: WeakKeyDictionary[PackedWeight, ref[PackedWeight]] = WeakKeyDictionary()
+_OFFSETS: WeakKeyDictionary[PackedWeight, ref[Tensor]] = WeakKeyDictionary()
+
+
+def _shared(
+    packed: PackedWeight, known: WeakKeyDictionary[PackedWeight, ref[T]], make: Callable[[PackedWeight], T]
+) -> T:
+    reference = known.get(packed)
+    value = reference() if reference else None
+    if value is None:
+        value = make(packed)
+        known[packed] = ref(value)
+    return value
+
+
+def _read_offsets(packed: PackedWeight) -> Tensor:
+    offsets = read_offsets(packed.blocks, packed.format_name)
+    return offsets if packed.rows is None else offsets[packed.rows]
 
 
 def _promoted(packed: PackedWeight) -> PackedWeight:

@@ -10,21 +10,20 @@ import re
 import warnings
 from pathlib import Path
 
-from lorafit.adapters import AdapterRecord
+from lorafit.adapters.peft import AdapterRecord
 from lorafit.config import Quantize
 from lorafit.errors import AdapterError, ConfigError, LorafitWarning
-from lorafit.models.base import Base
 
 # What the names of files say beside that of the model.
 _FORMAT = re.compile(r"[-_.](?:i?q\d\w*|b?f16|f32|fp16|fp32|nf4|gguf)$", re.IGNORECASE)
 
 
-def check_base(record: AdapterRecord, base: Base, directory: str | Path) -> None:
+def check_base(record: AdapterRecord, base: Path, directory: str | Path) -> None:
     """Refuse another base than the one that an adapter was trained on.
 
     Args:
         record: What the adapter says.
-        base: The base that was loaded.
+        base: The file or directory of the base.
         directory: Where the adapter lies, for messages.
 
     Raises:
@@ -34,18 +33,28 @@ def check_base(record: AdapterRecord, base: Base, directory: str | Path) -> None
         LorafitWarning: That cannot be told.
     """
     if record.base_sha256:
-        if not record.fits(base.path):
+        if not record.fits(base):
             raise AdapterError(
-                f"{base.path} is not what {directory} was trained on (its tensors have another hash): it was changed "
+                f"{base} is not what {directory} was trained on (its tensors have another hash): it was changed "
                 "or replaced; put the original back, or train anew"
             )
-    elif not _same_name(record.base, base.path):
+    else:
+        check_name(record, base, directory)
+
+
+def check_name(record: AdapterRecord, base: Path, directory: str | Path) -> None:
+    """Tell the user if there is no hash to go by, and the name that an adapter gives its base is not that of the base.
+
+    Warns:
+        LorafitWarning: So it is.
+    """
+    if not _same_name(record.base, base):
         named = f"names {record.base} as its base" if record.base else "does not name its base"
         warnings.warn(
             f"{directory} {named} and holds no hash of it, so only the shapes of its tensors say that it belongs to "
-            f"{base.path}",
+            f"{base}",
             LorafitWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
 
 
