@@ -104,8 +104,26 @@ def test_importance_moves_the_error_to_where_it_matters_less(name: str) -> None:
 
 def test_the_bits_do_not_depend_on_how_a_tensor_is_cut() -> None:
     weights = drawn("laplace", 600, 512)  # more blocks than are searched at once
-    whole = search.quantize(weights, "Q4_1").blocks
-    assert torch.equal(torch.cat([search.quantize(part, "Q4_1").blocks for part in weights.split(7)]), whole)
+    for name in (*LEVELS, "Q4_K", "Q8_0"):
+        whole = search.quantize(weights, name).blocks
+        assert torch.equal(torch.cat([search.quantize(part, name).blocks for part in weights.split(77)]), whole)
+
+
+@pytest.mark.parametrize("name", ["Q4_1", "Q6_K", "NF4_DQ"])
+def test_the_bits_do_not_depend_on_the_number_of_threads(name: str) -> None:
+    weights = drawn("laplace", 600, 512)
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(search.quantize(weights, name))
+            assert torch.get_num_threads() == threads
+            with pytest.raises(FormatError, match="NaN"):
+                search.quantize(weights / 0, name)
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(one.blocks, found[0].blocks) for one in found)
 
 
 def test_what_cannot_be_searched_is_refused() -> None:
@@ -119,6 +137,10 @@ def test_what_cannot_be_searched_is_refused() -> None:
             search.quantize(weights, "Q4_1", importance)
     with pytest.raises(FormatError):
         search.quantize(torch.full((1, 32), torch.nan), "Q4_1")
+    with pytest.raises(FormatError, match=r"not the shape \[64\]"):
+        search.quantize(torch.zeros(64), "Q4_1")
+    with pytest.raises(FormatError, match=r"not the shape \[0, 64\]"):
+        search.quantize(torch.zeros(0, 64), "Q4_1")
     with pytest.raises(FormatError, match="48"):
         search.quantize(torch.zeros(1, 48), "Q4_1")
 

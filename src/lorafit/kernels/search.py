@@ -24,6 +24,8 @@ in the same order, sums included, so that the same weights give the same bits on
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -33,6 +35,7 @@ from lorafit.formats.registry import block_format
 from lorafit.formats.simple import pack_integers
 from lorafit.formats.tensors import Packed, dequantize
 from lorafit.formats.tensors import quantize as quantize_by_rounding
+from lorafit.kernels import threads
 from lorafit.kernels.search_plan import MOVES, ROUNDS, TRIMS
 
 try:
@@ -44,6 +47,7 @@ _BITS = {"Q4_1": 4, "Q5_1": 5}
 _BLOCK = 32
 _WORK = 1 << 11  # for one block, in operations on a number
 _BLOCKS_AT_ONCE = 1 << 13  # a chunk and its intermediates stay in the cache
+_WEIGHTS_AT_ONCE = 1 << 18  # in each thread
 
 
 def quantize(weights: Tensor, name: str, importance: Tensor | None = None) -> Packed:
@@ -57,29 +61,35 @@ def quantize(weights: Tensor, name: str, importance: Tensor | None = None) -> Pa
     Raises:
         FormatError: As ``formats.quantize``, or importance that does not fit or that another format has no use for.
     """
-    rounded = quantize_by_rounding(weights, name)
+    block = block_format(name)
+    if importance is not None:
+        _check(importance, weights, name)
+    # What shares constants is packed as a whole, and what is no matrix refused as such.
+    whole = block.compress is not None or weights.dim() != 2
+    parts = [weights] if whole else weights.split(max(1, _WEIGHTS_AT_ONCE // max(1, weights.shape[1])))
+    packed = threads.spread(partial(_pack, name=name, importance=importance), parts)
+    return packed[0] if len(packed) == 1 else Packed(torch.cat([part.blocks for part in packed]), None)
+
+
+def _check(importance: Tensor, weights: Tensor, name: str) -> None:
     if name not in _BITS:
-        if importance is not None:
-            raise FormatError(f"importance weighs the errors of {' and '.join(_BITS)}, not {name}")
-        return rounded
-    blocks = rounded.blocks
-    if importance is None:
-        importance = torch.ones(weights.shape[1])
-    elif importance.shape != weights.shape[1:] or not bool((importance >= 0).all() & importance.isfinite().all()):
+        raise FormatError(f"importance weighs the errors of {' and '.join(_BITS)}, not {name}")
+    if importance.shape != weights.shape[1:] or not bool((importance >= 0).all() & importance.isfinite().all()):
         raise FormatError(f"{weights.shape[1]} inputs need as many finite importances, none of them negative")
+
+
+def _pack(weights: Tensor, name: str, importance: Tensor | None) -> Packed:
+    packed = quantize_by_rounding(weights, name)
+    if name not in _BITS:
+        return packed
     groups = weights.shape[1] // _BLOCK
-    of_block = importance.float().view(groups, _BLOCK)
+    of_block = torch.ones(groups, _BLOCK) if importance is None else importance.float().view(groups, _BLOCK)
     of_block = torch.where(of_block.sum(1, keepdim=True) > 0, of_block, 1.0)  # where nothing matters, everything does
+    of_format = packed.blocks.view(len(weights), groups, -1)
     rows = max(1, _BLOCKS_AT_ONCE // groups)
-    for start in range(0, len(weights), rows):
-        chunk = slice(start, start + rows)
-        _improve(
-            blocks[chunk].view(-1, block_format(name).nbytes),
-            name,
-            weights[chunk].reshape(-1, _BLOCK).float(),
-            of_block,
-        )
-    return Packed(blocks, None)
+    for blocks, chunk in zip(of_format.split(rows), weights.split(rows), strict=True):
+        _improve(blocks.flatten(0, 1), name, chunk.reshape(-1, _BLOCK).float(), of_block)
+    return packed
 
 
 def _improve(blocks: Tensor, name: str, rows: Tensor, importance: Tensor) -> None:

@@ -7,8 +7,7 @@ to find its base again.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -58,27 +57,11 @@ def quantized(
         ModelError: Some weights are not finite, or too large for the format; or the importance is not the layer's.
     """
     try:
-        with _one_thread():
-            of_inputs = None if importance is None else importance.get(name.removesuffix(".weight"))
-            packed = search.quantize(weights, BLOCK_FORMATS[how], of_inputs)
+        of_inputs = None if importance is None else importance.get(name.removesuffix(".weight"))
+        packed = search.quantize(weights, BLOCK_FORMATS[how], of_inputs)
     except FormatError as error:
         raise ModelError(f"{where}: {name}: {error}") from None
     return PackedWeight(packed.blocks, BLOCK_FORMATS[how], constants=packed.constants, name=name)
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Let torch compute in one thread.
-
-    Quantising is thousands of operations on pieces that fit into the cache, too small to be worth sharing: while
-    another process had one of two cores, two threads took ten times as long as one.
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def quantize_model(
