@@ -6,12 +6,14 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from lorafit.config import LoRA
 from lorafit.data.packing import pack
 from lorafit.kernels import step
 from lorafit.models.attention import document_attention
 from lorafit.models.fuse import fuse
+from lorafit.modules import attach
 from lorafit.objectives.sft import sft_loss
-from tests.oracles.adapted import documents
+from tests.oracles.adapted import documents, fill
 from tests.oracles.family_gguf import KINDS, random_model
 
 pytestmark = pytest.mark.skipif(not step.is_available(), reason="no vector code for this processor")
@@ -43,6 +45,26 @@ def test_every_family_computes_what_it_did(family: str) -> None:
     # Float32 sums in another order, through a few layers.
     assert results[1][0] == pytest.approx(results[0][0], rel=2e-6)
     for one, other in zip(results[1][1], results[0][1], strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=2e-5 * float(other.abs().max()))
+
+
+@pytest.mark.parametrize("targets", ["all-linear", "q_proj,v_proj,up_proj"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma3"])
+def test_adapters_get_the_gradients_that_they_had(family: str, targets: str) -> None:
+    models = pair(family)
+    batch = pack(documents([30, 61, 200, 5], vocab=models[0].config.vocab_size))
+    grads = []
+    for model in models:
+        torch.manual_seed(0)
+        attach(model, LoRA(rank=4, targets=targets))
+        fill(model)
+        with document_attention(model):
+            sft_loss(model, batch).backward()
+        grads.append([parameter.grad for parameter in model.parameters() if parameter.requires_grad])
+    # As above: float32 sums in another order.
+    for one, other in zip(*grads, strict=True):
+        assert one is not None
+        assert other is not None
         torch.testing.assert_close(one, other, rtol=0, atol=2e-5 * float(other.abs().max()))
 
 

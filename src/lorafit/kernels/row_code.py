@@ -80,8 +80,8 @@ Activation = Callable[[RowBuilder, ir.Value], tuple[ir.Value, ir.Value]]
 
 def _gated(activation: Activation) -> Callable[[RowBuilder, ir.Value], None]:
     def body(v: RowBuilder, row: ir.Value) -> None:
-        start = v.mul(row, v["width"])
-        gate, up, y = (v.place(name, start) for name in ("gate", "up", "y"))
+        gate, up = (v.place(name, v.mul(row, v["distance"])) for name in ("gate", "up"))
+        y = v.place("y", v.mul(row, v["width"]))
 
         def one(i: ir.Value, _: Values) -> Values:
             value, _slope = activation(v, v.get(gate, i))
@@ -96,7 +96,9 @@ def _gated(activation: Activation) -> Callable[[RowBuilder, ir.Value], None]:
 def _gated_backward(activation: Activation) -> Callable[[RowBuilder, ir.Value], None]:
     def body(v: RowBuilder, row: ir.Value) -> None:
         start = v.mul(row, v["width"])
-        dy, gate, up, dgate, dup = (v.place(name, start) for name in ("dy", "gate", "up", "dgate", "dup"))
+        gate, up = (v.place(name, v.mul(row, v["distance"])) for name in ("gate", "up"))
+        dy, dgate = v.place("dy", start), v.place("both", v.mul(start, I64(2)))
+        dup = v.place("both", v.add(v.mul(start, I64(2)), v["width"]))
 
         def one(i: ir.Value, _: Values) -> Values:
             grad, other = v.get(dy, i), v.get(up, i)
@@ -132,7 +134,7 @@ def _heads(v: RowBuilder, row: ir.Value, token: Callable[[ir.Value, ir.Value, ir
     number = v.select(inside, v.add(v.read(I64, v.place("starts", document, 8)), at), I64(-1))
 
     def head(h: ir.Value, _: Values) -> Values:
-        ordinary = v.mul(v.add(v.mul(number, v["heads"]), h), v["dim"])
+        ordinary = v.add(v.mul(number, v["distance"]), v.mul(h, v["dim"]))
         place = v.mul(v.add(v.mul(v.add(v.mul(document, v["heads"]), h), v["padded"]), at), v["dim"])
         token(number, v.place("tokens", ordinary), v.place("places", place))
         return []
@@ -298,19 +300,19 @@ def _cross_entropy(v: RowBuilder, row: ir.Value) -> None:
     v.write(v.extract_element(v.fsub(top, wanted), I32(0)), v.place("gaps", row, 4))
 
 
-_HEADS = ("tokens", "cos", "sin", "starts", "lengths", "padded", "heads", "dim", "half", "places")
+_HEADS = ("tokens", "distance", "cos", "sin", "starts", "lengths", "padded", "heads", "dim", "half", "places")
 _SCORES = ("lengths", "per_document", "queries", "first_query", "keys", "first_key", "window", "scale")
 _ACTIVATIONS = {"silu": _silu, "gelu": _gelu}
 
 NORM = RowOperation("norm", ("x", "weight", "eps", "width", "y", "inverse"), _norm)
 NORM_BACKWARD = RowOperation("norm_backward", ("dy", "x", "weight", "inverse", "width", "dx"), _norm_backward)
 GATED = {
-    name: RowOperation(f"gated_{name}", ("gate", "up", "width", "y"), _gated(activation))
+    name: RowOperation(f"gated_{name}", ("gate", "up", "distance", "width", "y"), _gated(activation))
     for name, activation in _ACTIVATIONS.items()
 }
 GATED_BACKWARD = {
     name: RowOperation(
-        f"gated_{name}_backward", ("dy", "gate", "up", "width", "dgate", "dup"), _gated_backward(activation)
+        f"gated_{name}_backward", ("dy", "gate", "up", "distance", "width", "both"), _gated_backward(activation)
     )
     for name, activation in _ACTIVATIONS.items()
 }

@@ -63,17 +63,38 @@ def norm_backward(dy: Tensor, x: Tensor, factors: Tensor, inverse: Tensor) -> Te
 
 
 def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
-    """activation(gate)·up, [rows, width] each; ``silu``, or ``gelu`` in its tanh approximation."""
-    y = torch.empty_like(gate)
-    row_code.GATED[activation](len(y), y.shape[1], y.dtype, gate, up, y.shape[1], y)
+    """activation(gate)·up; ``silu``, or ``gelu`` in its tanh approximation.
+
+    Args:
+        gate: [rows, width], with any distance between rows.
+        up: The same, with the same.
+        activation: Which.
+    """
+    y = gate.new_empty(gate.shape)
+    arguments = _apart(gate), _apart(up), _distance(gate, up), y.shape[1], y
+    row_code.GATED[activation](len(y), y.shape[1], y.dtype, *arguments)
     return y
 
 
 def gated_backward(dy: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
-    """The gradients of ``gated`` with respect to gate and up."""
-    dgate, dup = torch.empty_like(gate), torch.empty_like(up)
-    row_code.GATED_BACKWARD[activation](len(dy), dy.shape[1], dy.dtype, dy, gate, up, dy.shape[1], dgate, dup)
-    return dgate, dup
+    """The gradients of ``gated`` with respect to gate and up, the columns of one tensor."""
+    rows, width = dy.shape
+    both = dy.new_empty(rows, 2 * width)
+    arguments = dy, _apart(gate), _apart(up), _distance(gate, up), width, both
+    row_code.GATED_BACKWARD[activation](rows, width, dy.dtype, *arguments)
+    return both[:, :width], both[:, width:]
+
+
+def _apart(rows: Tensor) -> int:
+    """The address of rows that need not follow one another."""
+    assert rows.stride(1) == 1
+    return rows.data_ptr()
+
+
+def _distance(*tensors: Tensor) -> int:
+    """From one row of each to the next."""
+    assert len({rows.stride(0) for rows in tensors}) == 1
+    return tensors[0].stride(0)
 
 
 def group_sums(x: Tensor, group: int) -> Tensor:
@@ -150,7 +171,7 @@ def pack_heads(tokens: Tensor, documents: Documents, heads: int, angles: tuple[T
     """Lay the heads of some documents side by side, rotated.
 
     Args:
-        tokens: [all tokens, heads·dim].
+        tokens: [all tokens, heads·dim], with any distance between rows.
         documents: Which documents.
         heads: How many heads a token has.
         angles: Cosines and sines, [all tokens, r] in the type of ``tokens``: of each head the first r elements are
@@ -180,8 +201,8 @@ def _move(
     cosines, sines = angles or (None, None)
     half = 0 if cosines is None else cosines.shape[1] // 2
     operation(
-        count * padded, heads * dim, tokens.dtype, tokens, cosines, sines, documents.starts, documents.lengths,
-        padded, heads, dim, half, places,
+        count * padded, heads * dim, tokens.dtype, _apart(tokens), _distance(tokens), cosines, sines,
+        documents.starts, documents.lengths, padded, heads, dim, half, places,
     )  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from lorafit.kernels import step
 from lorafit.modules import attention, fused
+from lorafit.modules.shared import apply_all
 
 # The activations that gated products have, by the name in a model's configuration.
 _ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu"}
@@ -73,7 +74,7 @@ class _GatedMLP(nn.Module):
     gate_activation: str
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_proj(x), self.up_proj(x)  # type: ignore[operator]
+        gate, up = apply_all([self.gate_proj, self.up_proj], x)  # type: ignore[list-item]
         if not step.serves(gate, gate.shape[-1]):
             return self.down_proj(self.act_fn(gate) * up)  # type: ignore[operator]
         return self.down_proj(fused.gated(gate, up, self.gate_activation))  # type: ignore[operator]
@@ -88,7 +89,8 @@ class _Attention(nn.Module):
         half = dim // 2 if angles is None else angles[0].shape[-1] // 2
         if lengths is None or not step.serves(hidden_states, dim, half):
             return super().forward(hidden_states, position_embeddings, *rest, **named)
-        q, k, v = (self.get_submodule(f"{name}_proj")(hidden_states)[0] for name in "qkv")
+        layers = [self.get_submodule(f"{name}_proj") for name in "qkv"]
+        q, k, v = (each[0] for each in apply_all(layers, hidden_states))
         if hasattr(self, "q_norm"):
             q, k = _normed(self.q_norm, q), _normed(self.k_norm, k)
         if angles is not None:

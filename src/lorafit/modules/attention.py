@@ -14,7 +14,7 @@ Long documents are computed in pieces of queries, each against the keys up to it
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -44,7 +44,7 @@ def attend(
     """Rotate queries and keys, and attend within each document.
 
     Args:
-        q: [tokens, heads·dim], contiguous.
+        q: [tokens, heads·dim]; rows of this and the others may be apart, as columns of one tensor are.
         k: [tokens, key heads·dim].
         v: [tokens, key heads·dim].
         angles: Cosines and sines of the rotation, see ``pack_heads``; without gradient.
@@ -72,7 +72,7 @@ class _Attention(torch.autograd.Function):
         scale: float,
         window: int,
     ) -> Tensor:
-        out = torch.empty_like(q)
+        out = q.new_empty(q.shape)
         kept: list[Tensor] = []
         for documents in batches:
             packed = _packed(q, k, v, documents, angles, dim)
@@ -88,13 +88,14 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         out = grads[0].contiguous()
-        results: list[Tensor] = []
+        results: Sequence[Tensor] = ()
         kept = ctx.saved_tensors  # once: asking again would compute a checkpointed layer again
         for place, documents in enumerate(ctx.batches):
             packed = kept[3 * place : 3 * place + 3]
             heads, key_heads, dim = packed[0].shape[1], packed[1].shape[1], packed[0].shape[3]
             if not results:
-                results = [out.new_empty(len(out), count * dim) for count in (heads, key_heads, key_heads)]
+                widths = [heads * dim, key_heads * dim, key_heads * dim]
+                results = out.new_empty(len(out), sum(widths)).split(widths, 1)
             dout = pack_heads(out, documents, heads, None)
             for grad, result, angles in zip(
                 _backward(packed, dout, documents, ctx.scale, ctx.window),

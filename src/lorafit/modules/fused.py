@@ -54,14 +54,16 @@ class _Norm(torch.autograd.Function):
 class _Gated(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor, activation: str) -> Tensor:
-        rows = gate.reshape(-1, gate.shape[-1]), up.reshape(-1, up.shape[-1])
-        ctx.save_for_backward(*rows)
+        rows, others = (each.reshape(-1, each.shape[-1]) for each in (gate, up))
+        if rows.stride() != others.stride():
+            rows, others = rows.contiguous(), others.contiguous()
+        ctx.save_for_backward(rows, others)
         ctx.activation = activation
-        return step.gated(*rows, activation).view_as(gate)
+        return step.gated(rows, others, activation).view(gate.shape)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         gate, up = ctx.saved_tensors
         dy = grads[0].reshape(gate.shape).contiguous()
         dgate, dup = step.gated_backward(dy, gate, up, ctx.activation)
-        return dgate.view_as(grads[0]), dup.view_as(grads[0]), None
+        return dgate.view(grads[0].shape), dup.view(grads[0].shape), None

@@ -1,17 +1,14 @@
 """LoRA (arXiv 2106.09685, section 4.1): y = W x + s·B(A x), with W frozen.
 
 A [rank, in_dim] starts Kaiming-uniform with a = √5, that is uniform within 1/√in_dim, and B [out_dim, rank] at zero, so
-that the model starts as the base. With h = A z (z is the input, after dropout if there is any):
-
-    dB = s·dyᵀ h        dh = s·dy B        dA = dhᵀ z        dz = dh A        dx = dy W
-
-One autograd function does all of it, so that the only tensors kept for the backward pass are the input and h.
+that the model starts as the base. Training takes the update together with the frozen product (``product``).
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +16,7 @@ from torch.nn import functional as F
 
 from lorafit.config import LoRA
 from lorafit.modules.adapter import AdapterModule
-from lorafit.modules.packed import frozen_weight
+from lorafit.modules.product import Part, frozen_part, product
 
 
 class LoRALinear(AdapterModule):
@@ -52,44 +49,15 @@ class LoRALinear(AdapterModule):
     def delta_weight(self) -> Tensor:
         return self.scale * (self.lora_B.detach() @ self.lora_A.detach())
 
+    def part(self) -> Part:
+        """The layer as ``product`` takes it."""
+        return replace(frozen_part(self.base), a=self.lora_A, b=self.lora_B, scale=self.scale)
+
     def forward(self, x: Tensor) -> Tensor:
         if not self.enabled:
             return self.base(x)
         z = F.dropout(x, self.dropout) if self.dropout and self.training else x
         if torch.is_grad_enabled():
-            y = _LoRAProduct.apply(x, None if z is x else z, self.lora_A, self.lora_B, self.scale, self.base)
-            return y if self.base.bias is None else y + self.base.bias
+            return product(x, [self.part()], None if z is x else z)[0]
         h = z @ self.lora_A.T.to(x.dtype)
         return self.base(x) + (h * self.scale) @ self.lora_B.T.to(x.dtype)
-
-
-class _LoRAProduct(torch.autograd.Function):
-    """y = W x + s·B(A z); z is None where it is x itself, whose two gradients then come from one buffer."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, z: Tensor | None, a: Tensor, b: Tensor, scale: float, base: nn.Module) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])
-        inputs = rows if z is None else z.reshape(rows.shape)
-        h = inputs @ a.T.to(x.dtype)
-        y = rows @ frozen_weight(base, x.dtype).T
-        y.addmm_(h, b.T.to(x.dtype), alpha=scale)
-        ctx.save_for_backward(inputs, h, a, b)
-        ctx.base, ctx.scale, ctx.shape, ctx.dropped = base, scale, x.shape, z is not None
-        return y.view(*x.shape[:-1], -1)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        inputs, h, a, b = ctx.saved_tensors
-        grad = grads[0].reshape(-1, grads[0].shape[-1])
-        dh = (grad @ b.to(grad.dtype)).mul_(ctx.scale)
-        db = (h.T @ grad).T.to(b.dtype).mul_(ctx.scale)  # faster on a CPU than gradᵀ·h, and the same
-        da = (dh.T @ inputs).to(a.dtype)
-        dx = dz = None
-        if ctx.needs_input_grad[0]:
-            dx = grad @ frozen_weight(ctx.base, grad.dtype)
-            if not ctx.dropped:
-                dx.addmm_(dh, a.to(grad.dtype))
-            dx = dx.view(ctx.shape)
-        if ctx.needs_input_grad[1]:
-            dz = (dh @ a.to(grad.dtype)).view(ctx.shape)
-        return dx, dz, da, db, None, None

@@ -75,9 +75,9 @@ class PackedWeight(nn.Module):
         """Bytes that hold the weights: blocks and constants."""
         return self.blocks.nbytes + (0 if self.constants is None else self.constants.nbytes)
 
-    def dense(self, dtype: torch.dtype, offsets: Tensor | None = None) -> Tensor:
-        """The matrix [out_dim, in_dim] in ``dtype``, in the scratch buffer: valid until the next one is unpacked."""
-        out = scratch(self.shape, dtype, self.blocks.device)
+    def dense(self, dtype: torch.dtype, offsets: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+        """The matrix [out_dim, in_dim] in ``dtype``: in ``out``, or in scratch and valid until the next is unpacked."""
+        out = scratch(self.shape, dtype, self.blocks.device) if out is None else out
         return kernels.dequantize(
             self.blocks, self.format_name, dtype, rows=self.rows, offsets=offsets, constants=self.constants, out=out
         )

@@ -6,13 +6,10 @@ G = in_dim/g blocks of a row, B is [out_dim, rank], and the model that is traine
     m' = fp16(m + s·B A)        W' = d·q + m'        y = W' x
 
 There is no adapter branch: the forward pass unpacks with m' and multiplies once. Rounding to half precision is passed
-through as the identity (a straight-through estimator), which gives, with X̄ the sums of the input over each block,
-
-    dx = dy W'        dM = dyᵀ X̄ [out_dim, G]        dB = s·dM Aᵀ        dA = s·Bᵀ dM
-
-dM costs 1/g of a full weight gradient. A starts uniform within 1/√in_dim: block sums are √g times larger than single
-inputs, so this gives the update the size that LoRA's has. Block-wise A is the same as plain LoRA with every column
-repeated g times, which is how it is saved.
+through as the identity (a straight-through estimator), so that m' has the gradient of W' summed over each block. That
+costs 1/g of a full weight gradient, because the input can be summed over the blocks first (``product``). A starts
+uniform within 1/√in_dim: block sums are √g times larger than single inputs, so this gives the update the size that
+LoRA's has. Block-wise A is the same as plain LoRA with every column repeated g times, which is how it is saved.
 
 A layer whose blocks have no offset, but whose format can be promoted to one that has (``lorafit.formats.promote``), is
 trained on promoted blocks. These are new memory. The layer keeps the blocks of the file too and computes with those
@@ -23,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 from weakref import WeakKeyDictionary, ref
 
 import torch
@@ -33,9 +30,9 @@ from lorafit.config import QALoRA
 from lorafit.containers.mapped import release
 from lorafit.errors import AdapterError, FormatError
 from lorafit.formats import PROMOTED, block_format, promote, read_offsets
-from lorafit.kernels import step
 from lorafit.modules.adapter import AdapterModule
 from lorafit.modules.packed import FUSED_TOKENS, PackedLinear, PackedWeight
+from lorafit.modules.product import Part, product
 
 T = TypeVar("T")
 
@@ -130,6 +127,12 @@ class QALoRALinear(AdapterModule):
             self._held = None
         return super().train(mode)
 
+    def part(self) -> Part:
+        """The layer as ``product`` takes it."""
+        return Part(
+            self.trained, self.base.bias, self.qalora_A, self.qalora_B, self.scale, self.merged_offsets(), self.group
+        )
+
     def forward(self, x: Tensor) -> Tensor:
         if not self.enabled:
             y = self.base(x)
@@ -137,39 +140,10 @@ class QALoRALinear(AdapterModule):
             if self.promoted is not None and x.numel() > FUSED_TOKENS * self.in_features:
                 release(self.base.packed.blocks)
             return y
-        offsets = self.merged_offsets()
         if torch.is_grad_enabled():
-            y = _OffsetProduct.apply(x, self.qalora_A, self.qalora_B, offsets, self.scale, self.trained, self.group)
-        else:
-            y = self.trained.product(x, offsets)
+            return product(x, [self.part()])[0]
+        y = self.trained.product(x, self.merged_offsets())
         return y if self.base.bias is None else y + self.base.bias
-
-
-class _OffsetProduct(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, a: Tensor, b: Tensor, offsets: Tensor, scale: float, packed: PackedWeight, group: int
-    ) -> Tensor:
-        # The sums are all that the adapter's gradient needs of x, and 1/group of its size.
-        sums = _group_sums(x.reshape(-1, x.shape[-1]), group)
-        ctx.save_for_backward(sums, a, b, offsets)
-        ctx.packed, ctx.scale = packed, scale
-        return x @ packed.dense(x.dtype, offsets).T
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        sums, a, b, offsets = ctx.saved_tensors
-        grad = grads[0]
-        dm = (sums.T @ grad.reshape(-1, grad.shape[-1])).T.to(a.dtype)  # faster on a CPU than gradᵀ·sums, and the same
-        da = (b.T @ dm).mul_(ctx.scale)
-        db = (dm @ a.T).mul_(ctx.scale)
-        dx = grad @ ctx.packed.dense(grad.dtype, offsets) if ctx.needs_input_grad[0] else None
-        return dx, da, db, None, None, None, None
-
-
-def _group_sums(x: Tensor, group: int) -> Tensor:
-    """Sums over each block: [tokens, in_dim] -> [tokens, in_dim / group]."""
-    return step.group_sums(x, group) if step.serves(x, group) else x.unflatten(1, (-1, group)).sum(-1)
 
 
 # What several adapters of one weight have in common, kept as long as one of them lives: the promoted weight, offsets.

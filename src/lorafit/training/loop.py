@@ -26,6 +26,7 @@ from lorafit.data.packing import Batch, group_passes, split_passes
 from lorafit.data.schedule import Schedule
 from lorafit.models.attention import document_attention
 from lorafit.training import optim, proof
+from lorafit.training.allocator import keep_freed_memory
 from lorafit.training.memory import keep_activations
 
 Loss = Callable[[PreTrainedModel, Batch], Tensor]
@@ -65,6 +66,7 @@ class Trainer:
     """
 
     def __init__(self, model: PreTrainedModel, loss: Loss, config: TrainConfig) -> None:
+        keep_freed_memory()
         self.model = model
         self.loss = loss
         self.config = config

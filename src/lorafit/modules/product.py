@@ -1,0 +1,198 @@
+"""The product of linear layers that share an input, with their adapters, as one autograd function.
+
+With the weights stacked, W = [W₁; W₂; …], Y = X Wᵀ is one product, and so is the gradient of the input, dX = dY W,
+which layer by layer is a sum of as many tensors as there are layers. What adapters need is shared in the same way. A
+single layer is a stack of one.
+
+LoRA adds s·B(A z) beside each layer (z is the input, after dropout if there is any). Let A be a stack too, and B have
+each s·Bᵢ as a block on its diagonal. With H = Z Aᵀ,
+
+    Y += H Bᵀ        dH = dY B        dA = dHᵀ Z        dZ = dH A        dBᵢ = s·dYᵢᵀ Hᵢ
+
+QA-LoRA is in W already, which is unpacked with m + s·B A for offsets. With X̄ the sums of X over blocks of inputs,
+
+    dM = dYᵀ X̄        dBᵢ = s·dMᵢ Aᵢᵀ        dAᵢ = s·Bᵢᵀ dMᵢ
+
+Weights are unpacked in either pass and not kept. What is kept for the backward pass is X and H of LoRA, X̄ of QA-LoRA.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorafit.kernels import step
+from lorafit.modules.packed import PackedLinear, PackedWeight, scratch
+
+
+@dataclass(frozen=True)
+class Part:
+    """A linear layer, and what an adapter of either kind has.
+
+    Attributes:
+        weight: The frozen weight, [out_dim, in_dim].
+        bias: [out_dim].
+        a: [rank, in_dim], or [rank, in_dim / group] of QA-LoRA.
+        b: [out_dim, rank].
+        scale: Factor of the update.
+        offsets: QA-LoRA's m', float16 [out_dim, in_dim / group].
+        group: How many inputs a column of QA-LoRA's A stands for.
+    """
+
+    weight: PackedWeight | Tensor
+    bias: Tensor | None = None
+    a: nn.Parameter | None = None
+    b: nn.Parameter | None = None
+    scale: float = 1.0
+    offsets: Tensor | None = None
+    group: int = 0
+
+
+def frozen_part(layer: nn.Module) -> Part:
+    """A linear layer, packed or not, without an adapter."""
+    weight: Any = layer.packed if isinstance(layer, PackedLinear) else layer.weight
+    bias: Any = layer.bias
+    return Part(weight, bias)
+
+
+def product(x: Tensor, parts: Sequence[Part], z: Tensor | None = None) -> list[Tensor]:
+    """What each layer of a stack makes of x.
+
+    Args:
+        x: [..., in_dim].
+        parts: The layers; all of QA-LoRA have blocks of one size.
+        z: What LoRA's A sees, if that is not x.
+
+    Returns:
+        [..., out_dim] of each layer; columns of one tensor, unless there are biases.
+    """
+    tensors = [tensor for part in parts for tensor in (part.offsets, part.a, part.b)]
+    results = _Product.apply(x, z, _Stack(parts), *tensors)
+    return [y if part.bias is None else y + part.bias for y, part in zip(results, parts, strict=True)]
+
+
+class _Stack:
+    """What stays of the layers of a stack; offsets, A and B of each go through autograd beside it, in this order."""
+
+    def __init__(self, parts: Sequence[Part]) -> None:
+        self.weights = [part.weight for part in parts]
+        self.scales = [part.scale for part in parts]
+        self.columns = _in_turn(weight.shape[0] for weight in self.weights)
+        self.ranks = _in_turn(0 if part.a is None or part.group else len(part.a) for part in parts)
+        self.shape = self.columns[-1].stop, self.weights[0].shape[1]
+        self.has_branch = self.ranks[-1].stop > 0
+        self.group = max(part.group for part in parts)
+        assert all(part.group in (0, self.group) for part in parts)
+
+    def weight(self, tensors: Sequence[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """The weights below one another, [all out_dim, in_dim]; valid until the next one is unpacked."""
+        if len(self.weights) == 1 and isinstance(self.weights[0], Tensor):
+            return self.weights[0].to(dtype)
+        out = scratch(self.shape, dtype, device)
+        for weight, columns, offsets in zip(self.weights, self.columns, tensors[::3], strict=True):
+            if isinstance(weight, PackedWeight):
+                weight.dense(dtype, offsets, out=out[columns])
+            else:
+                out[columns] = weight
+        return out
+
+    def branch(self, tensors: Sequence[Any], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """LoRA's A and B of the whole stack, [all ranks, in_dim] and, scaled, [all out_dim, all ranks]."""
+        low = [place for place, ranks in enumerate(self.ranks) if ranks.start < ranks.stop]
+        down = torch.cat([tensors[3 * place + 1] for place in low]).to(dtype)
+        if len(self.weights) == 1:
+            return down, (tensors[2] * self.scales[0]).to(dtype)
+        up = down.new_zeros(self.shape[0], len(down))
+        for place in low:
+            up[self.columns[place], self.ranks[place]] = tensors[3 * place + 2] * self.scales[place]
+        return down, up
+
+    def gradients(self, tensors: Sequence[Any], da: Any, db: Any, dm: Any) -> Iterator[Tensor | None]:
+        """Of offsets, A and B of each layer, from what the products gave.
+
+        Args:
+            tensors: Offsets, A and B of each layer.
+            da: Of all A of LoRA, [all ranks, in_dim].
+            db: Of all B, [all ranks, all out_dim].
+            dm: Of all offsets, [in_dim / group, all out_dim].
+        """
+        for place, (columns, ranks, scale) in enumerate(zip(self.columns, self.ranks, self.scales, strict=True)):
+            _, a, b = tensors[3 * place : 3 * place + 3]
+            yield None
+            if a is None:
+                yield from (None, None)
+            elif ranks.start < ranks.stop:
+                yield da[ranks].to(a.dtype)
+                yield torch.empty_like(b).copy_(db[ranks, columns].T).mul_(scale)
+            else:
+                of_offsets = dm[:, columns].T.to(a.dtype)
+                yield (b.T @ of_offsets).mul_(scale)
+                yield (of_offsets @ a.T).mul_(scale)
+
+
+def _in_turn(lengths: Iterable[int]) -> list[slice]:
+    """Where things of these lengths are that follow one another."""
+    ends = list(accumulate(lengths, initial=0))
+    return [slice(start, end) for start, end in pairwise(ends)]
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, z: Tensor | None, stack: _Stack, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        rows = x.reshape(-1, x.shape[-1])
+        y = rows @ stack.weight(tensors, x.dtype, x.device).T
+        inputs = h = sums = None
+        if stack.has_branch:
+            inputs = rows if z is None else z.reshape(rows.shape)
+            down, up = stack.branch(tensors, x.dtype)
+            h = inputs @ down.T
+            y.addmm_(h, up.T)
+        if stack.group:
+            # The sums are all that the adapter's gradient needs of x, and 1/group of its size.
+            sums = _group_sums(rows, stack.group)
+        ctx.save_for_backward(inputs, h, sums, *tensors)
+        ctx.stack, ctx.shape, ctx.dropped = stack, x.shape, z is not None
+        return tuple(y[:, columns].view(*x.shape[:-1], -1) for columns in stack.columns)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        inputs, h, sums, *tensors = ctx.saved_tensors
+        stack = ctx.stack
+        grad = _side_by_side([each.reshape(-1, each.shape[-1]) for each in grads])
+        dx = dz = da = db = dm = None
+        if ctx.needs_input_grad[0]:
+            dx = grad @ stack.weight(tensors, grad.dtype, grad.device)
+        if h is not None:
+            down, up = stack.branch(tensors, grad.dtype)
+            dh = grad @ up
+            da, db = dh.T @ inputs, h.T @ grad  # which a CPU has faster than gradᵀ·h
+            if ctx.dropped:
+                dz = (dh @ down).view(ctx.shape)
+            elif dx is not None:
+                dx.addmm_(dh, down)
+        if sums is not None:
+            dm = sums.T @ grad
+        results = stack.gradients(tensors, da, db, dm)
+        return None if dx is None else dx.view(ctx.shape), dz, None, *results
+
+
+def _side_by_side(parts: Sequence[Tensor]) -> Tensor:
+    """[rows, widths] as columns of one tensor, without a copy if that is what they are."""
+    first, width = parts[0], sum(part.shape[1] for part in parts)
+    place = first.data_ptr()
+    for part in parts:
+        same = part.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        if not same or part.data_ptr() != place or part.stride() != (width, 1):
+            return torch.cat(list(parts), 1)
+        place += part.shape[1] * part.itemsize
+    return first.as_strided((len(first), width), (width, 1))
+
+
+def _group_sums(x: Tensor, group: int) -> Tensor:
+    """Sums over each block: [tokens, in_dim] -> [tokens, in_dim / group]."""
+    return step.group_sums(x, group) if step.serves(x, group) else x.unflatten(1, (-1, group)).sum(-1)

@@ -1,0 +1,46 @@
+"""Linear layers that share an input: the queries, keys and values of attention, both factors of a gated product."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lorafit.modules.lora import LoRALinear
+from lorafit.modules.packed import PackedLinear
+from lorafit.modules.product import Part, frozen_part, product
+from lorafit.modules.qalora import QALoRALinear
+
+
+def apply_all(layers: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
+    """What each layer makes of x, as one product where that comes to the same.
+
+    It does while training, for layers whose adapters, if any, are known to be nothing but an update of the weight. No
+    other layer, and none that somebody watches, is passed by.
+    """
+    parts = [_part(layer) for layer in layers] if torch.is_grad_enabled() else [None]
+    known = [part for part in parts if part is not None]
+    groups = {part.group for part in known if part.group}
+    if len(known) < len(layers) or len(groups) > 1 or all(part.a is None for part in known):
+        return [layer(x) for layer in layers]
+    return product(x, known)
+
+
+def _part(layer: nn.Module) -> Part | None:
+    if _is_watched(layer):
+        return None
+    if type(layer) in (PackedLinear, nn.Linear):
+        trained = any(parameter.requires_grad for parameter in layer.parameters())
+        return None if trained else frozen_part(layer)
+    if not isinstance(layer, LoRALinear | QALoRALinear) or type(layer) not in (LoRALinear, QALoRALinear):
+        return None
+    if not layer.enabled or _is_watched(layer.base) or type(layer.base) not in (PackedLinear, nn.Linear):
+        return None
+    has_dropout = isinstance(layer, LoRALinear) and layer.dropout and layer.training
+    return None if has_dropout else layer.part()
+
+
+def _is_watched(layer: nn.Module) -> bool:
+    """Whether calling it calls somebody else too."""
+    return any((layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks))
