@@ -10,6 +10,7 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lorafit.adapters import AdapterRecord, load_adapter, read_record
+from lorafit.adapters.belonging import check_base
 from lorafit.adapters.peft import CONFIG_FILE
 from lorafit.config import Compute, TrainConfig, read_settings
 from lorafit.containers.atomic import fingerprint
@@ -20,7 +21,6 @@ from lorafit.errors import MergeError, MissingFileError
 from lorafit.evaluation.loss import Metrics, evaluate
 from lorafit.merging.engine import HELD_OUT_FILE
 from lorafit.models.base import Base
-from lorafit.models.belonging import check_base
 from lorafit.models.directory import merges
 from lorafit.models.load import load_base
 from lorafit.training.setup import fit_length
@@ -61,7 +61,7 @@ class Run:
             record.base, compute=compute, quantize=record.quantize, importance=record.importance, mapped=True
         )
         if not record.base_sha256:
-            check_base(record, base, self.adapter)  # which warns
+            check_base(record, base.path, self.adapter)  # which warns
             return base
         if record.fits(base.path):
             return base

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from lorafit.adapters import AdapterRecord, load_adapter, save_adapter
+from lorafit.adapters.belonging import check_base
 from lorafit.adapters.peft import read_importance, write_importance
 from lorafit.config import TrainConfig
 from lorafit.containers.atomic import fingerprint
@@ -26,7 +27,6 @@ from lorafit.data.packing import pack, split_passes
 from lorafit.errors import ConfigError, LorafitError, TrainingError
 from lorafit.evaluation.loss import Metrics, evaluate
 from lorafit.models.base import Base
-from lorafit.models.belonging import check_base
 from lorafit.models.load import load_base
 from lorafit.models.quantizing import Importance
 from lorafit.modules import adapters_disabled, attach
@@ -138,7 +138,7 @@ class Run:
             importance = kept or cls._measure_importance(config, rows, say)
         base = load_base(config.model, compute=config.compute, quantize=config.quantize, importance=importance)
         if start and config.adapter:
-            check_base(start, base, config.adapter)
+            check_base(start, base.path, config.adapter)
         data = setup.encode_rows(rows, config, base.model, base.tokenizer)
         config = setup.resolve(config, base.model, data)
         run = cls(config, base, rows, data, say, start)

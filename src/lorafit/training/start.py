@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from lorafit.adapters import AdapterRecord, read_record
+from lorafit.adapters.belonging import quantization_of
 from lorafit.adapters.updates import adapter_directory
 from lorafit.config import TrainConfig
 from lorafit.errors import ConfigError
-from lorafit.models.belonging import quantization_of
 
 # Settings that an adapter was trained with, by their names in its own record.
 _OWN = ("method", "rank", "alpha", "scaling", "dropout", "targets", "dora", "frozen_tensors")
