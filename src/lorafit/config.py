@@ -28,6 +28,9 @@ CombineMethod = Literal[
     "dare_ties_svd", "magnitude_prune_svd",
 ]  # fmt: skip
 Requantize = Literal["q8_0", "q6_k", "q5_1", "q5_k", "q5_0", "q4_1", "q4_k", "q4_0", "bf16", "f16", "f32", "keep"]
+GGUFType = Literal[
+    "f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q5_k", "q5_1", "q5_0", "q4_k_m", "q4_k", "q4_1", "q4_0"
+]  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,70 +1,32 @@
 """``lorafit export``: a model in a form that other tools read.
 
 Each format is an entry of ``_FORMATS``: a function that writes it, one that shows what was proved, and the options that
-it takes. An option that a format does not take is refused, so none is without effect.
+it takes; a larger one has a module for them, such as ``export_gguf``. An option that a format does not take is refused,
+so none is without effect.
 """
 
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from cyclopts import Parameter
 
+from lorafit.commands import export_gguf
 from lorafit.commands.console import Console, readable_bytes
-from lorafit.config import Requantize
-from lorafit.errors import ConfigError, MergeError, OutputExistsError
+from lorafit.commands.export_request import Certificate, ExportDtype, Request, check_free, naming_full_disks
+from lorafit.config import GGUFType, Requantize
+from lorafit.errors import ConfigError, MergeError
 
 if TYPE_CHECKING:
     from lorafit.exporting.beside import BesideCertificate
     from lorafit.exporting.ollama import OllamaCertificate
     from lorafit.exporting.safetensors import ExportCertificate
 
-ExportFormat = Literal["safetensors", "gguf-lora", "ollama"]
-ExportDtype = Literal["fp32", "bf16", "fp16"]
-
-
-@dataclass(frozen=True)
-class Request:
-    """What is to be exported; options that were not given are None.
-
-    Attributes:
-        model: A model as `lorafit.load` takes it.
-        output: The file or directory to write.
-        dtype: Type of the weights.
-        requantize: Format that tensors are rounded to which cannot be merged exactly.
-        overwrite: Replace the output if an earlier export wrote it.
-        console: Where to say what is going on.
-    """
-
-    model: str
-    output: str
-    dtype: ExportDtype | None
-    requantize: Requantize | None
-    overwrite: bool
-    console: Console
-
-    @property
-    def target(self) -> Path:
-        """The output's path."""
-        return Path(self.output)
-
-    @property
-    def proof(self) -> Path:
-        """Where its certificate goes."""
-        return Path(f"{self.output}.certificate.json")
-
-
-class Certificate(Protocol):
-    """What was proved and measured about an output."""
-
-    def as_dict(self) -> dict[str, Any]:
-        """For programs."""
-        ...
+ExportFormat = Literal["safetensors", "gguf", "gguf-lora", "ollama"]
 
 
 @dataclass(frozen=True)
@@ -89,6 +51,8 @@ def export(
     format: ExportFormat = "safetensors",
     dtype: ExportDtype | None = None,
     requantize: Requantize | None = None,
+    eval_data: str | None = None,
+    certificate_tolerance: float | None = None,
     overwrite: bool = False,
     console: Console | None = None,
 ) -> Certificate:
@@ -101,8 +65,10 @@ def export(
             ollama, a run or a .gguf file.
         output: The file or directory to write.
         format: Of the output.
-        dtype: Type of the weights; fp32 if missing, which loses nothing.
+        dtype: Type of the weights; fp32 (f32 in GGUF) if missing, which loses nothing.
         requantize: For a run that is merged, as for `lorafit.merge`.
+        eval_data: For gguf: rows to measure the loss on, of the model and of the file.
+        certificate_tolerance: For gguf: by how much the file's may be larger, in nats per token; 0.05 if missing.
         overwrite: Replace the output if an earlier export wrote it.
         console: Where to say what is going on; nowhere if missing.
 
@@ -115,7 +81,8 @@ def export(
         MergeError: What was written is not what should have been.
         LorafitError: The model cannot be loaded.
     """
-    request = Request(model, output, dtype, requantize, overwrite, console or Console(quiet=True))
+    console = console or Console(quiet=True)
+    request = Request(model, output, dtype, requantize, overwrite, console, eval_data, certificate_tolerance)
     return _checked(format, request).write(request)
 
 
@@ -123,7 +90,7 @@ def _checked(name: str, request: Request) -> _Format:
     """The format, if it takes the options."""
     if name not in _FORMATS:
         raise ConfigError(f"export writes {', '.join(_FORMATS)}, not {name}")
-    for option in ("dtype", "requantize"):
+    for option in ("dtype", "requantize", "eval_data", "certificate_tolerance"):
         value = getattr(request, option)
         if value is None:
             continue
@@ -134,40 +101,6 @@ def _checked(name: str, request: Request) -> _Format:
         if possible and value not in possible:
             raise ConfigError(f"--format {name} has {shown} {', '.join(possible)}, not {value}")
     return _FORMATS[name]
-
-
-def check_free(request: Request, *, directory: bool, mine: Callable[[Path], bool]) -> None:
-    """Only an empty place is written to, or with ``overwrite`` what an earlier export left.
-
-    Args:
-        request: The request.
-        directory: Whether the output is one; otherwise it is a file.
-        mine: Whether an export wrote what stands at a path.
-
-    Raises:
-        OutputExistsError: Something else stands there.
-    """
-    target, proof = request.target, request.proof
-    for path in (target, proof):
-        if path.exists() and not request.overwrite and not (path.is_dir() and not any(path.iterdir())):
-            raise OutputExistsError(f"{path} exists; choose another name, or replace it with --overwrite")
-    if target.exists() and target.is_dir() != directory:
-        raise OutputExistsError(f"{target} is in the way; choose another name")
-    if proof.is_dir():
-        raise OutputExistsError(f"{proof} is in the way; choose another name")
-    if target.exists() and not (directory and not any(target.iterdir())) and not mine(target):
-        raise OutputExistsError(f"{target} is not what an export wrote, so it is not replaced; choose another name")
-
-
-@contextmanager
-def naming_full_disks(request: Request) -> Iterator[None]:
-    """A full disk is noticed by a write, which does not know of which file: name the output."""
-    try:
-        yield
-    except OSError as error:
-        if error.filename is None:
-            error.filename = request.output
-        raise
 
 
 def _write_safetensors(request: Request) -> ExportCertificate:
@@ -347,6 +280,11 @@ def _show_ollama(request: Request, certificate: OllamaCertificate) -> None:
 
 _FORMATS: dict[str, _Format] = {
     "safetensors": _Format(_write_safetensors, _show_safetensors, {"dtype": ("fp32", "bf16", "fp16")}),
+    "gguf": _Format(
+        export_gguf.write,
+        export_gguf.show,
+        {"dtype": ("fp32", "fp16", *get_args(GGUFType)), "eval_data": None, "certificate_tolerance": None},
+    ),
     "gguf-lora": _Format(_write_gguf_lora, _show_gguf_lora, {"dtype": ("fp32", "fp16")}),
     "ollama": _Format(_write_ollama, _show_ollama, {"requantize": None}),
 }
@@ -360,24 +298,33 @@ def export_command(
     format: ExportFormat,
     dtype: Annotated[ExportDtype | None, Parameter(name=("--dtype", "--type"))] = None,
     requantize: Requantize | None = None,
+    eval_data: str | None = None,
+    certificate_tolerance: float | None = None,
     overwrite: bool = False,
     json: bool = False,
 ) -> None:
     """Write a model in a form that other tools read, with a certificate of what it is.
 
     Args:
-        model: A .gguf file, smollm2-135m, or a directory that bitsandbytes quantised; for gguf-lora, a run or the
-            directory of an adapter; for ollama, a run or a .gguf file.
+        model: A .gguf file, smollm2-135m, or a directory (for safetensors, one that bitsandbytes quantised); for
+            gguf-lora, a run or the directory of an adapter; for ollama, a run or a .gguf file.
         output: The file or directory to write; a certificate is written beside it as OUTPUT.certificate.json.
-        format: Of the output: safetensors, a directory that transformers loads; gguf-lora, an adapter for llama.cpp;
-            ollama, a directory with a GGUF file, into which a run is merged, and its Modelfile.
-        dtype: Type of the weights; fp32 loses nothing, bf16 and fp16 take half the space. [default: fp32]
+        format: Of the output: safetensors, a directory that transformers loads; gguf, a file for llama.cpp, Ollama and
+            lorafit itself; gguf-lora, an adapter for llama.cpp; ollama, a directory with a GGUF file, into which a run
+            is merged, and its Modelfile.
+        dtype: Type of the weights; fp32 (f32) loses nothing, bf16 and fp16 (f16) take half the space. For gguf also
+            block formats, and the mixes q4_k_m and q5_k_m. [default: fp32]
         requantize: For a run that is exported to ollama: as for merge.
+        eval_data: For gguf: rows to measure the loss on, of the model and of the file, in a .jsonl file as for
+            training.
+        certificate_tolerance: For gguf: by how much the file's loss may be larger, in nats per token, before it is
+            refused. [default: 0.05]
         overwrite: Replace the output if an earlier export wrote it.
         json: Print the certificate as one JSON document on stdout; the text goes to stderr.
     """
-    request = Request(model, output, dtype, requantize, overwrite, Console(json=json))
+    console = Console(json=json)
+    request = Request(model, output, dtype, requantize, overwrite, console, eval_data, certificate_tolerance)
     chosen = _checked(format, request)
     certificate = chosen.write(request)
     chosen.show(request, certificate)
-    request.console.result(certificate.as_dict())
+    console.result(certificate.as_dict())

@@ -36,7 +36,7 @@ class NotMeasured:
 
 
 NO_ROWS = NotMeasured(f"the run held no rows out: it has no {HELD_OUT_FILE}")
-_NO_LLAMACPP = NotMeasured("llama.cpp is not installed: pip install 'lorafit[llamacpp]', then merge again")
+NO_LLAMACPP = NotMeasured("llama.cpp is not installed: pip install 'lorafit[llamacpp]', then merge again")
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class InLlamaCpp:
 
 
 @dataclass(frozen=True)
-class _Question:
+class Question:
     """A held-out answer: the conversation before it, and the tokens before it and of it."""
 
     messages: tuple[dict[str, str], ...]
@@ -88,7 +88,18 @@ class _Question:
     answer: list[int]
 
 
-def _question(example: Example, document: Document) -> _Question:
+def questions_of(examples: Sequence[Example], documents: Sequence[Document]) -> list[Question]:
+    """The last answers of the rows with the shortest prompts.
+
+    Args:
+        examples: The held-out rows.
+        documents: The same, tokenised.
+    """
+    questions = [_question(example, document) for example, document in zip(examples, documents, strict=True)]
+    return sorted(questions, key=lambda question: len(question.prompt))[:_SCORED_ROWS]
+
+
+def _question(example: Example, document: Document) -> Question:
     """The last answer of a row."""
     end = max(place for place, trained in enumerate(document.trained) if trained) + 1
     start = end
@@ -96,7 +107,7 @@ def _question(example: Example, document: Document) -> _Question:
         start -= 1
     last = max(place for place, message in enumerate(example.messages) if message["role"] == "assistant")
     messages = tuple({"role": m["role"], "content": m["content"]} for m in example.messages[:last])
-    return _Question(messages, document.tokens[:start], document.tokens[start:end][:_SCORED_TOKENS])
+    return Question(messages, document.tokens[:start], document.tokens[start:end][:_SCORED_TOKENS])
 
 
 def run_in_llamacpp(
@@ -122,12 +133,11 @@ def run_in_llamacpp(
         MergeError: llama.cpp cannot run one of them.
     """
     if not available():
-        return _NO_LLAMACPP
-    questions = [_question(example, document) for example, document in zip(examples, documents, strict=True)]
-    asked = sorted(questions, key=lambda question: len(question.prompt))[:_SCORED_ROWS]
+        return NO_LLAMACPP
+    asked = questions_of(examples, documents)
     try:
-        base_loss, base_answer = _ask(base, asked)
-        merged_loss, merged_answer = _ask(base, asked, written) if beside else _ask(written, asked)
+        base_loss, base_answer = ask(base, asked)
+        merged_loss, merged_answer = ask(base, asked, written) if beside else ask(written, asked)
     except ModelError as error:
         # The file at hand has a temporary name that means nothing to anyone.
         raise MergeError(f"{name} is not kept: {str(error).replace(str(written), name)}") from error
@@ -146,7 +156,7 @@ def run_in_llamacpp(
     return InLlamaCpp(True, version("xllamacpp"), answers)
 
 
-def _ask(path: Path, questions: Sequence[_Question], lora: Path | None = None) -> tuple[float, str]:
+def ask(path: Path, questions: Sequence[Question], lora: Path | None = None) -> tuple[float, str]:
     """Mean negative log-probability of all answers' tokens, and the model's own answer to the first question."""
     longest = max((len(question.prompt) for question in questions), default=0)
     with LlamaCpp(path, n_ctx=longest + _ANSWER_TOKENS + _SPARE_CONTEXT, lora=lora) as model:

@@ -112,6 +112,7 @@ _NOT_IN_METADATA = frozenset(
         *("vocab_size", "tie_word_embeddings", "attention_bias", "mlp_bias", "rope_parameters", "initializer_range"),
         *("bos_token_id", "eos_token_id", "pad_token_id", "use_cache", "max_window_layers", "transformers_version"),
         *("router_aux_loss_coef", "output_router_logits", "original_max_position_embeddings", "pretraining_tp"),
+        *("architectures", "dtype", "_name_or_path", "id2label", "label2id", "return_dict"),
     }
 )
 
@@ -133,6 +134,10 @@ def metadata_of(config: PreTrainedConfig) -> tuple[dict[str, Any], dict[str, Ten
             keys[entry.key] = entry.kind(value)
     if family.window_period:
         keys |= _window_keys(config.layer_types, family.window_period)
+        window = family.config["sliding_window"]
+        if window.default is None and "sliding_attention" not in config.layer_types:
+            # llama.cpp ends the process where there is a window that no layer has.
+            del keys[window.key], keys["attention.sliding_window_pattern"]
     architecture = family.architecture
     metadata = {"general.architecture": architecture} | {f"{architecture}.{key}": keys[key] for key in keys}
     # What is said must be what is meant: read it back.

@@ -1,0 +1,183 @@
+"""What a GGUF file is to be made of: metadata, and tensors that come some rows at a time.
+
+A model from a directory is asked for its tensors by the names of transformers, and `lorafit.models.keymap` and
+`configuration`, which read GGUF files, say what they are called there, how their rows lie and what the metadata are. A
+model from a GGUF file is taken as it lies there: its metadata as bytes, and of tensors that keep their format, too.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from lorafit.containers.gguf import GGUFFile
+from lorafit.containers.gguf_new import Raw, Value
+from lorafit.formats import dequantize
+from lorafit.models import keymap
+from lorafit.models.base import Base
+from lorafit.models.configuration import metadata_of
+from lorafit.models.families import Family
+from lorafit.models.unpacked import Unpacked
+from lorafit.models.vocabulary import vocabulary
+
+_PIECE_WEIGHTS = 1 << 21
+_PHI3 = re.compile("(phi)-?3", re.IGNORECASE)
+# What is said of a file that this one no longer is, or that the writer says itself.
+_NOT_PASSED_ON = re.compile(r"general\.(architecture|alignment|file_type|quantization_version)|split\.|quantize\.")
+
+
+@dataclass(frozen=True)
+class SourceTensor:
+    """A tensor of the file that is to be written.
+
+    Attributes:
+        shape: Its shape there.
+        format: Its block format in the source, if that is a GGUF file.
+        values: Gives its rows, float32 [n, width] at a time, in the order of the file.
+        blocks: Gives them as they lie in the source, uint8 [n, row_bytes] at a time.
+    """
+
+    shape: tuple[int, ...]
+    format: str | None
+    values: Callable[[], Iterator[Tensor]]
+    blocks: Callable[[], Iterator[Tensor]] | None = None
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model that is to be written.
+
+    Attributes:
+        metadata: Key -> value, but for what follows from the type.
+        tensors: Name in the file -> tensor, in the order of the file.
+        differences: Texts that llama.cpp tokenises otherwise than the model's own tokenizer.
+    """
+
+    metadata: dict[str, Value]
+    tensors: dict[str, SourceTensor]
+    differences: tuple[str, ...]
+
+
+def from_gguf(path: Path) -> Source:
+    """A GGUF file, which lorafit has loaded before and so found sound."""
+    file = GGUFFile.open(path)
+    metadata: dict[str, Value] = {"general.architecture": file.metadata["general.architecture"]}
+    metadata |= {key: Raw(file.raw_value(key)) for key in file.metadata if not _NOT_PASSED_ON.match(key)}
+    return Source(metadata, {name: _of_file(file, name) for name in file.tensors}, ())
+
+
+def _of_file(file: GGUFFile, name: str) -> SourceTensor:
+    info = file.tensors[name]
+
+    def blocks() -> Iterator[Tensor]:
+        yield from file.blocks(name).split(max(_PIECE_WEIGHTS // info.shape[-1], 1))
+
+    def values() -> Iterator[Tensor]:
+        for piece in blocks():
+            yield dequantize(piece, info.format, (len(piece), info.shape[-1]))
+
+    return SourceTensor(info.shape, info.format, values, blocks)
+
+
+def from_checkpoint(base: Base, tensors: Mapping[str, Unpacked], name: str) -> Source:
+    """A model by the names of transformers.
+
+    Args:
+        base: Its configuration, tokenizer and licence; weights are not taken from here.
+        tensors: Its tensors, of experts each by itself.
+        name: What the model is called.
+
+    Raises:
+        ModelError: GGUF or llama.cpp has no such model, or no such tokenizer.
+    """
+    config: Any = base.model.config
+    family = keymap.family_of_model(config.model_type, str(base.path))
+    architecture, factors = metadata_of(config)
+    words = vocabulary(base.tokenizer, config.vocab_size, str(base.path))
+    # By this name llama.cpp knows that special tokens swallow white space; with other tokens it would not load.
+    if words.swallows and not _PHI3.search(name):
+        name = f"Phi-3 {name}"
+    elif not words.swallows:
+        name = _PHI3.sub(r"\1 3", name)
+    general: dict[str, Value] = {"general.type": "model", "general.name": name, **_card(base)}
+    found = {key: _of_factors(values) for key, values in factors.items()}
+    for key, group in _grouped(tensors).items():
+        file_name = keymap.gguf_name(key, family)
+        assert file_name is not None, f"{key}: checked when the model was loaded"
+        found[file_name] = _of_group(key, group, family, config)
+    in_order = sorted(found, key=_place)
+    metadata = architecture | general | {f"{family.architecture}.vocab_size": config.vocab_size} | words.metadata
+    return Source(metadata, {key: found[key] for key in in_order}, words.differences)
+
+
+def _of_factors(values: Tensor) -> SourceTensor:
+    return SourceTensor(tuple(values.shape), None, lambda: iter([values.reshape(1, -1)]))
+
+
+def _grouped(tensors: Mapping[str, Unpacked]) -> dict[str, list[Unpacked]]:
+    """The experts' matrices of a layer under one name, as GGUF has them."""
+    groups: dict[str, list[Unpacked]] = {}
+    for name, tensor in tensors.items():
+        groups.setdefault(re.sub(r"\.experts\.\d+\.", ".experts.", name), []).append(tensor)
+    return groups
+
+
+def _of_group(name: str, group: list[Unpacked], family: Family, config: Any) -> SourceTensor:
+    def values() -> Iterator[Tensor]:
+        for tensor in group:
+            _, rows = keymap.to_file(name, tensor.values(torch.float32), family, config)
+            rows = rows.reshape(-1, rows.shape[-1])
+            yield from rows.split(max(_PIECE_WEIGHTS // rows.shape[-1], 1))
+
+    is_stack = ".experts." in name
+    return SourceTensor((len(group), *group[0].shape) if is_stack else group[0].shape, None, values)
+
+
+def _place(name: str) -> tuple[int, int, str]:
+    """Where a tensor stands: the embedding, the layers, what follows them."""
+    if name.startswith("blk."):
+        return 1, int(name.split(".")[1]), name
+    return (0, 0, name) if name.startswith(("token_embd", "rope")) else (2, 0, name)
+
+
+def _card(base: Base) -> dict[str, Value]:
+    """What a directory's model card says: the licence, the languages, and which model it comes from."""
+    card = base.path / "README.md"
+    try:
+        text = card.read_text(encoding="utf-8")
+        said = yaml.safe_load(text.split("---")[1]) if text.startswith("---") else {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, IndexError):
+        said = {}
+    said = said if isinstance(said, dict) else {}
+    found: dict[str, Value] = {}
+    for key, name in (("license", "license"), ("license_name", "license.name"), ("license_link", "license.link")):
+        if isinstance(said.get(key), str):
+            found[f"general.{name}"] = said[key]
+    if "general.license" not in found and base.licence != "not stated":
+        found["general.license"] = base.licence
+    languages = said.get("language")
+    languages = [languages] if isinstance(languages, str) else languages
+    if isinstance(languages, list) and all(isinstance(each, str) for each in languages):
+        found["general.languages"] = languages
+    models = said.get("base_model")
+    models = [models] if isinstance(models, str) else models
+    if isinstance(models, list) and all(isinstance(each, str) for each in models):
+        found["general.base_model.count"] = len(models)
+        for i, each in enumerate(models):
+            found |= {f"general.base_model.{i}.name": each.rpartition("/")[2]}
+            if each.count("/") == 1:
+                found |= {f"general.base_model.{i}.organization": each.split("/")[0]}
+    return found
+
+
+def parameters(source: Source) -> int:
+    """How many numbers the tensors have."""
+    return sum(math.prod(tensor.shape) for tensor in source.tensors.values())
