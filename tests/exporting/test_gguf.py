@@ -15,9 +15,12 @@ import torch
 from transformers import PreTrainedModel
 
 from lorafit.commands.export import export
+from lorafit.config import AdapterConfig, LoRA, QALoRA
+from lorafit.containers.atomic import fingerprint
 from lorafit.containers.gguf import GGUFFile
 from lorafit.errors import ConfigError, MergeError, OutputExistsError
-from lorafit.models.load import load_base
+from lorafit.models.load import load, load_base
+from tests.merging.runs import write_run
 from tests.models.test_families import IDS, VARIANTS, WINDOW, alone, cpp, furthest
 from tests.oracles.family_gguf import KINDS, random_model, write_family
 from tests.oracles.llamacpp import LlamaCppOracle
@@ -196,6 +199,45 @@ def test_a_file_is_quantised_a_second_time_and_says_so(tmp_path: Path) -> None:
     assert unpacked.held_out.not_measured.endswith("export again with --eval-data FILE")
     third = GGUFFile.open(tmp_path / "third.gguf")
     assert all(torch.equal(third.blocks(name), after.blocks(name)) for name in after.tensors)
+
+
+RUNS: dict[str, AdapterConfig] = {
+    "lora": LoRA(rank=4, scaling="rslora"),
+    "dora": LoRA(rank=4, dora=True),
+    "qalora": QALoRA(rank=2, alpha=4.0),
+}
+
+
+@pytest.mark.parametrize("kind", RUNS)
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_a_run_is_merged_in_float32_onto_its_base(tmp_path: Path, family: str, kind: str) -> None:
+    path = write_family(tmp_path / "base.gguf", family, random_model(family), format="Q4_1")
+    run = write_run(tmp_path / "run", path, RUNS[kind], size=0.05)
+    certificate: Any = export(str(run), str(tmp_path / "out.gguf"), format="gguf")
+    tuned, exported = load(run, compute="fp32")[0], load_base(tmp_path / "out.gguf", compute="fp32").model
+    assert furthest(alone(tuned, IDS), alone(load_base(path, compute="fp32").model, IDS)) > 0.1
+    # The adapter beside its base, and their sum: the same products in another order.
+    assert furthest(alone(exported, IDS), alone(tuned, IDS)) < 2e-4
+    assert furthest(cpp(tmp_path / "out.gguf")(IDS), alone(tuned, IDS)) < 1e-3
+    assert certificate.held_out.written_loss == pytest.approx(certificate.held_out.source_loss, abs=1e-5)
+    assert (certificate.source.name, certificate.base.name) == ("run", "base.gguf")
+    assert certificate.second_quantization is None
+    written = GGUFFile.open(tmp_path / "out.gguf").metadata
+    assert written["lorafit.base.sha256"] == certificate.base.sha256 == fingerprint(path)
+    rounded: Any = export(str(run), str(tmp_path / "small.gguf"), format="gguf", dtype="q8_0", certificate_tolerance=9)
+    assert rounded.second_quantization == "base.gguf (Q4_1)"
+    assert 0 < abs(rounded.held_out.written_loss - rounded.held_out.source_loss) < 0.3
+    assert set(rounded.weights.formats) == {"F32", "Q8_0"}
+
+
+def test_a_run_on_a_directory_and_an_adapter_without_a_run(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", save(tmp_path / "base", random_model("gemma3")), LoRA(rank=4), held_out=False)
+    for source in (run, run / "adapter"):
+        certificate: Any = export(str(source), str(tmp_path / "out.gguf"), format="gguf", overwrite=True)
+        exported = load_base(tmp_path / "out.gguf", compute="fp32").model
+        assert furthest(alone(exported, IDS), alone(load(run, compute="fp32")[0], IDS)) < 2e-4
+        assert certificate.held_out.not_measured
+        assert GGUFFile.open(tmp_path / "out.gguf").metadata["general.name"] == "base"
 
 
 def test_above_the_tolerance_nothing_is_written(tmp_path: Path) -> None:

@@ -26,14 +26,7 @@ def write(request: Request) -> GGUFCertificate:
     """
     if request.target.suffix.lower() != ".gguf":
         raise ConfigError(f"{request.output}: a GGUF file's name must end in .gguf")
-    if (Path(request.model) / "adapter").is_dir():
-        raise ConfigError(
-            f"{request.model} is a run, and export takes a model without an adapter; `lorafit merge {request.model} "
-            "OUTPUT` makes one of it"
-        )
     tolerance = request.certificate_tolerance
-    if tolerance is not None and request.eval_data is None:
-        raise ConfigError("--certificate-tolerance has no effect without --eval-data; give rows to measure the loss on")
     if tolerance is not None and not 0 <= tolerance < math.inf:
         raise ConfigError(f"--certificate-tolerance is {tolerance:g}, but must be at least 0")
 
@@ -50,17 +43,22 @@ def write(request: Request) -> GGUFCertificate:
 
     from lorafit.containers.atomic import replacing
     from lorafit.data.readers import read_examples
-    from lorafit.exporting.gguf import DEFAULT_TOLERANCE, export_gguf
-    from lorafit.models.load import load_base
+    from lorafit.exporting.gguf import export_gguf
+    from lorafit.exporting.source import open_model
+    from lorafit.merging.run import DEFAULT_TOLERANCE
 
     wanted = request.dtype or "f32"
     examples = read_examples(request.eval_data) if request.eval_data else []
-    base = load_base(request.model, compute="fp32", mapped=True)
-    if request.target.exists() and base.path.is_file() and request.target.samefile(base.path):
+    model = open_model(request.model)
+    if not request.eval_data and model.run:
+        examples = list(model.run.held_out(model.base.tokenizer).examples)
+    if tolerance is not None and not examples:
+        raise ConfigError("--certificate-tolerance has no effect without --eval-data; give rows to measure the loss on")
+    if request.target.exists() and model.base.path.is_file() and request.target.samefile(model.base.path):
         raise MergeError(f"{request.output} is the model that is exported; choose another name")
     with naming_full_disks(request), replacing(request.proof) as proof, replacing(request.target) as written:
         certificate = export_gguf(
-            base,
+            model,
             written,
             _AS_IN_GGUF.get(wanted, wanted),  # type: ignore[arg-type]
             name=request.target.name,
@@ -117,6 +115,8 @@ def show(request: Request, certificate: GGUFCertificate) -> None:
             before = "" if engine.source_loss is None else f"{engine.source_loss:.3f} for the model, "
             facts["loss in llama.cpp"] = f"{before}{engine.written_loss:.3f} for the file ({engine.tokens:,} tokens)"
     facts["origin"] = f"{certificate.source.name}, SHA-256 {certificate.source.sha256}"
+    if certificate.base:
+        facts["base"] = f"{certificate.base.name}, SHA-256 {certificate.base.sha256}"
     request.console.fields(f"Certificate of {certificate.output.name}", facts)
     request.console.fields(
         "Files",

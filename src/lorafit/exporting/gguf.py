@@ -4,8 +4,8 @@ Tensors come one at a time and some rows at a time, so that the memory of a few 
 lies in a GGUF file in the format that it is to have is copied; everything else goes through float32 and is packed as
 well as lorafit can (``kernels.search``).
 
-Where the weights came from is written into the file: the name and hash of the source and, if that was computed from
-quantised weights itself, of its origin.
+Where the weights came from is written into the file: name and hash of the source, of a run's base, and, if they were
+computed from quantised weights, what those were.
 """
 
 from __future__ import annotations
@@ -30,20 +30,19 @@ from lorafit.exporting.gguf_certificate import (
     run_in_engine,
 )
 from lorafit.exporting.mix import Mix
-from lorafit.exporting.source import Source, SourceTensor, from_checkpoint, from_gguf, parameters
+from lorafit.exporting.source import Model, Source, SourceTensor, parameters, source_of
 from lorafit.formats import block_format
 from lorafit.kernels import search
 from lorafit.merging.certificate import FileRecord
+from lorafit.merging.run import DEFAULT_TOLERANCE
 from lorafit.models.base import Base
 from lorafit.models.load import load_base
-from lorafit.models.unpacked import unpacked_tensors
 
-DEFAULT_TOLERANCE = 0.05  # nats per token of held-out loss
 _QUANTIZATION_VERSION = 2  # ggml's
 
 
 def export_gguf(
-    base: Base,
+    model: Model,
     written: Path,
     type: GGUFType,
     *,
@@ -55,7 +54,7 @@ def export_gguf(
     """Write a model, then load what was written and hold it against the model.
 
     Args:
-        base: The model, loaded in float32.
+        model: The model, from `open_model`.
         written: The file to write; the caller makes it appear whole.
         type: Type of the file.
         name: What the file will be called.
@@ -68,26 +67,23 @@ def export_gguf(
         MergeError: A weight is too large for the type, the file is not what it should be, llama.cpp cannot run it, or
             its loss is too large.
     """
-    tensors = unpacked_tensors(base.model)
-    source = from_gguf(base.path) if base.path.is_file() else from_checkpoint(base, tensors, _title(base.path))
+    base, source = model.base, source_of(model)
     mix = _mix(base, source, type)
     chosen = {key: mix.format_of(key, tensor.shape) for key, tensor in source.tensors.items()}
     formats = {key: found for key, (found, _) in chosen.items()}
-    # A float32 of the source's own numbers is no less exact than a copy.
-    kept = {key for key, tensor in source.tensors.items() if tensor.format and formats[key] in (tensor.format, "F32")}
-    say(f"hashing {base.path}")
-    origin = FileRecord(base.path.name, fingerprint(base.path), _size(base.path))
-    metadata: dict[str, Value] = {
+    # A float32 of a file's own numbers is no less exact than a copy.
+    kept = {key for key, tensor in source.tensors.items() if tensor.blocks and formats[key] in (tensor.format, "F32")}
+    say(f"hashing {model.path}")
+    origin = FileRecord(model.path.resolve().name, fingerprint(_weights(model)), _size(_weights(model)))
+    of_run = FileRecord(base.path.name, fingerprint(base.path), _size(base.path)) if model.run else None
+    second = _second_quantization(base, source, formats)
+    metadata = {
         **source.metadata,
         "general.file_type": mix.file_type,
         "general.quantization_version": _QUANTIZATION_VERSION,
-        "lorafit.version": __version__,
-        "lorafit.source.name": origin.name,
-        "lorafit.source.sha256": origin.sha256,
+        **_provenance(origin, of_run, second),
     }
-    second = _second_quantization(base, source, formats)
     if second:
-        metadata["lorafit.source.quantized"] = second
         say(f"this quantises a second time what comes from {second}; the original would lose less")
     say(f"writing {len(formats)} tensors as {_counted(formats)}")
     digest = write_gguf(written, metadata, {key: _new(key, source.tensors[key], formats[key]) for key in formats})
@@ -95,26 +91,39 @@ def export_gguf(
     if fingerprint(written) != digest:
         raise MergeError(f"{name} is not kept: it is not what was written; check the disk")
     again = load_base(written, compute="fp32")
-    identical, errors = compare_weights(tensors, again, formats, kept, name)
+    identical, errors = compare_weights(model.tensors, again, formats, kept, name)
     if examples:
         say(f"measuring model and file on {len(examples)} rows")
     losses = compare_losses(base, again, examples, tolerance, name)
-    engine = run_in_engine(base, written, examples, again.tokenizer, name)
+    engine = run_in_engine(model.path, written, examples, again.tokenizer, name)
     base.check_unchanged()
     fallbacks = {key: f"{found} instead of {wanted}" for key, (found, wanted) in chosen.items() if found != wanted}
     return GGUFCertificate(
         lorafit=__version__,
         source=origin,
+        base=of_run,
         output=FileRecord(name, digest, written.stat().st_size),
         type=type,
         weights=Weights(
-            len(tensors), parameters(source), dict(Counter(formats.values())), fallbacks, identical, errors
+            len(model.tensors), parameters(source), dict(Counter(formats.values())), fallbacks, identical, errors
         ),
         second_quantization=second,
         tokenizer_differences=list(source.differences),
         held_out=losses,
         llamacpp=engine,
     )
+
+
+def _provenance(origin: FileRecord, base: FileRecord | None, second: str | None) -> dict[str, Value]:
+    """Where a file comes from, for whoever has nothing but the file."""
+    found: dict[str, Value] = {
+        "lorafit.version": __version__,
+        "lorafit.source.name": origin.name,
+        "lorafit.source.sha256": origin.sha256,
+    }
+    if base:
+        found |= {"lorafit.base.name": base.name, "lorafit.base.sha256": base.sha256}
+    return found | ({"lorafit.source.quantized": second} if second else {})
 
 
 def _mix(base: Base, source: Source, type: GGUFType) -> Mix:
@@ -142,24 +151,23 @@ def _new(name: str, tensor: SourceTensor, format: str) -> NewTensor:
 
 def _second_quantization(base: Base, source: Source, formats: dict[str, str]) -> str | None:
     """What the weights that are rounded to blocks were computed from, if those were rounded to blocks before."""
-    rounded = {key for key, name in formats.items() if block_format(name).elements > 1}
-    if base.path.is_dir():
-        return base.origin if rounded else None
-    before = {key: tensor.format for key, tensor in source.tensors.items() if key in rounded}
-    twice = {name for key, name in before.items() if name not in (None, formats[key]) and _is_quantised(name)}
-    return f"{base.path.name} ({', '.join(sorted(twice))})" if twice else None
+    rounded = [(tensor, formats[key]) for key, tensor in source.tensors.items() if _is_quantised(formats[key])]
+    again = {tensor.format for tensor, name in rounded if not (tensor.blocks and tensor.format == name)}
+    twice = sorted(name for name in again if name and _is_quantised(name))
+    return f"{base.path.name} ({', '.join(twice)})" if twice else base.origin if again else None
 
 
-def _is_quantised(name: str | None) -> bool:
-    return name is not None and block_format(name).elements > 1
+def _is_quantised(name: str) -> bool:
+    return block_format(name).elements > 1
 
 
 def _counted(formats: dict[str, str]) -> str:
     return ", ".join(f"{count} {name}" for name, count in Counter(formats.values()).most_common())
 
 
-def _title(path: Path) -> str:
-    return path.resolve().name
+def _weights(model: Model) -> Path:
+    """What is a model's own: of a run, its adapter."""
+    return model.run.adapter if model.run else model.path
 
 
 def _size(path: Path) -> int:

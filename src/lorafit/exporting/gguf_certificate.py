@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -112,7 +112,8 @@ class GGUFCertificate:
 
     Attributes:
         lorafit: Version that exported.
-        source: The model: its name, its hash (of a directory, of its weights' files) and its size.
+        source: The model: name, hash (of a directory's files of weights; of a run's adapter) and size.
+        base: The base of a run, onto which its adapter was merged in float32; None for a model without an adapter.
         output: The file.
         type: What was asked for.
         weights: The weights.
@@ -126,6 +127,7 @@ class GGUFCertificate:
 
     lorafit: str
     source: FileRecord
+    base: FileRecord | None
     output: FileRecord
     type: str
     weights: Weights
@@ -144,7 +146,7 @@ class GGUFCertificate:
 
 
 def compare_weights(
-    tensors: dict[str, Unpacked], written: Base, formats: dict[str, str], kept: set[str], name: str
+    tensors: Mapping[str, Unpacked], written: Base, formats: dict[str, str], kept: set[str], name: str
 ) -> tuple[int, dict[str, float]]:
     """Hold the file against the model.
 
@@ -230,7 +232,7 @@ def _loss(base: Base, documents: Sequence[Document]) -> float:
 
 
 def run_in_engine(
-    source: Base, written: Path, examples: Sequence[Example], tokenizer: Any, name: str
+    source: Path, written: Path, examples: Sequence[Example], tokenizer: Any, name: str
 ) -> InEngine | NotMeasured:
     """The file in llama.cpp, and the model, too, if that is a GGUF file.
 
@@ -242,7 +244,7 @@ def run_in_engine(
     asked = questions_of(examples, encode_all(examples, tokenizer))
     try:
         of_file = ask(written, asked)[0]
-        of_source = ask(source.path, asked)[0] if asked and source.path.is_file() else None
+        of_source = ask(source, asked)[0] if asked and source.is_file() else None
     except ModelError as error:
         raise MergeError(f"{name} is not kept: {str(error).replace(str(written), name)}") from error
     tokens = sum(len(question.answer) for question in asked)

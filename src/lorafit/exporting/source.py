@@ -2,7 +2,8 @@
 
 A model from a directory is asked for its tensors by the names of transformers, and `lorafit.models.keymap` and
 `configuration`, which read GGUF files, say what they are called there, how their rows lie and what the metadata are. A
-model from a GGUF file is taken as it lies there: its metadata as bytes, and of tensors that keep their format, too.
+model from a GGUF file is taken as it lies there: its metadata as bytes, and tensors that keep their format, too. Of a
+run, the tensors that its adapter changes take the place of its base's.
 """
 
 from __future__ import annotations
@@ -18,14 +19,19 @@ import torch
 import yaml
 from torch import Tensor
 
+from lorafit.adapters.peft import CONFIG_FILE
 from lorafit.containers.gguf import GGUFFile
 from lorafit.containers.gguf_new import Raw, Value
+from lorafit.errors import ModelError
 from lorafit.formats import dequantize
+from lorafit.merging.run import Run, detect
+from lorafit.merging.weights import merged_tensors
 from lorafit.models import keymap
 from lorafit.models.base import Base
 from lorafit.models.configuration import metadata_of
 from lorafit.models.families import Family
-from lorafit.models.unpacked import Unpacked
+from lorafit.models.load import load_base
+from lorafit.models.unpacked import Unpacked, unpacked_tensors
 from lorafit.models.vocabulary import vocabulary
 
 _PIECE_WEIGHTS = 1 << 21
@@ -35,14 +41,54 @@ _NOT_PASSED_ON = re.compile(r"general\.(architecture|alignment|file_type|quantiz
 
 
 @dataclass(frozen=True)
+class Model:
+    """What is exported.
+
+    Attributes:
+        base: A model in float32, for a run its base with the adapter on it.
+        tensors: Name in transformers' checkpoints -> tensor; those of the merged model for a run.
+        changed: Names of those that differ from the base's.
+        run: The run; None for a model without an adapter.
+    """
+
+    base: Base
+    tensors: Mapping[str, Unpacked]
+    changed: frozenset[str] = frozenset()
+    run: Run | None = None
+
+    @property
+    def path(self) -> Path:
+        """Where it lies."""
+        return self.run.path if self.run else self.base.path
+
+
+def open_model(model: str | Path) -> Model:
+    """Load a model, its matrices mapped.
+
+    Args:
+        model: A .gguf file, ``smollm2-135m``, a directory, a run, or an adapter that comes without one.
+
+    Raises:
+        LorafitError: As for loading it.
+    """
+    if not (Path(model) / "adapter").is_dir() and not (Path(model) / CONFIG_FILE).is_file():
+        base = load_base(model, compute="fp32", mapped=True)
+        return Model(base, unpacked_tensors(base.model))
+    run = detect(model)
+    base = run.load_base("fp32")
+    tensors, changed = merged_tensors(base.model, run.adapter)
+    return Model(base, tensors, frozenset(changed), run)
+
+
+@dataclass(frozen=True)
 class SourceTensor:
     """A tensor of the file that is to be written.
 
     Attributes:
         shape: Its shape there.
-        format: Its block format in the source, if that is a GGUF file.
+        format: The block format that its numbers were in before; None if that says nothing of them.
         values: Gives its rows, float32 [n, width] at a time, in the order of the file.
-        blocks: Gives them as they lie in the source, uint8 [n, row_bytes] at a time.
+        blocks: Gives them as they lie in a GGUF file, uint8 [n, row_bytes] at a time; None if they do not.
     """
 
     shape: tuple[int, ...]
@@ -66,12 +112,21 @@ class Source:
     differences: tuple[str, ...]
 
 
-def from_gguf(path: Path) -> Source:
-    """A GGUF file, which lorafit has loaded before and so found sound."""
-    file = GGUFFile.open(path)
+def source_of(model: Model) -> Source:
+    """What the file of a model is made of.
+
+    Raises:
+        ModelError: GGUF or llama.cpp has no such model, or no such tokenizer.
+    """
+    if model.base.path.is_dir():
+        return _from_checkpoint(model)
+    file = GGUFFile.open(model.base.path)  # which lorafit has loaded, and so found sound
     metadata: dict[str, Value] = {"general.architecture": file.metadata["general.architecture"]}
     metadata |= {key: Raw(file.raw_value(key)) for key in file.metadata if not _NOT_PASSED_ON.match(key)}
-    return Source(metadata, {name: _of_file(file, name) for name in file.tensors}, ())
+    tensors = {name: _of_file(file, name) for name in file.tensors}
+    if model.changed:
+        tensors |= _by_file_names({name: model.tensors[name] for name in model.tensors if name in model.changed}, model)
+    return Source(metadata, tensors, ())
 
 
 def _of_file(file: GGUFFile, name: str) -> SourceTensor:
@@ -87,19 +142,9 @@ def _of_file(file: GGUFFile, name: str) -> SourceTensor:
     return SourceTensor(info.shape, info.format, values, blocks)
 
 
-def from_checkpoint(base: Base, tensors: Mapping[str, Unpacked], name: str) -> Source:
-    """A model by the names of transformers.
-
-    Args:
-        base: Its configuration, tokenizer and licence; weights are not taken from here.
-        tensors: Its tensors, of experts each by itself.
-        name: What the model is called.
-
-    Raises:
-        ModelError: GGUF or llama.cpp has no such model, or no such tokenizer.
-    """
+def _from_checkpoint(model: Model) -> Source:
+    base, name = model.base, model.base.path.resolve().name
     config: Any = base.model.config
-    family = keymap.family_of_model(config.model_type, str(base.path))
     architecture, factors = metadata_of(config)
     words = vocabulary(base.tokenizer, config.vocab_size, str(base.path))
     # By this name llama.cpp knows that special tokens swallow white space; with other tokens it would not load.
@@ -108,14 +153,23 @@ def from_checkpoint(base: Base, tensors: Mapping[str, Unpacked], name: str) -> S
     elif not words.swallows:
         name = _PHI3.sub(r"\1 3", name)
     general: dict[str, Value] = {"general.type": "model", "general.name": name, **_card(base)}
-    found = {key: _of_factors(values) for key, values in factors.items()}
-    for key, group in _grouped(tensors).items():
-        file_name = keymap.gguf_name(key, family)
-        assert file_name is not None, f"{key}: checked when the model was loaded"
-        found[file_name] = _of_group(key, group, family, config)
+    found = {key: _of_factors(values) for key, values in factors.items()} | _by_file_names(model.tensors, model)
     in_order = sorted(found, key=_place)
-    metadata = architecture | general | {f"{family.architecture}.vocab_size": config.vocab_size} | words.metadata
+    size = {f"{architecture['general.architecture']}.vocab_size": config.vocab_size}
+    metadata = architecture | general | size | words.metadata
     return Source(metadata, {key: found[key] for key in in_order}, words.differences)
+
+
+def _by_file_names(tensors: Mapping[str, Unpacked], model: Model) -> dict[str, SourceTensor]:
+    config: Any = model.base.model.config
+    family = keymap.family_of_model(config.model_type, str(model.base.path))
+    found = {}
+    for key, group in _grouped(tensors).items():
+        name = keymap.gguf_name(key, family)
+        if name is None:
+            raise ModelError(f"{model.path}: GGUF has no place for {key} in the {family.architecture} family")
+        found[name] = _of_group(key, group, family, config)
+    return found
 
 
 def _of_factors(values: Tensor) -> SourceTensor:
@@ -138,7 +192,7 @@ def _of_group(name: str, group: list[Unpacked], family: Family, config: Any) -> 
             yield from rows.split(max(_PIECE_WEIGHTS // rows.shape[-1], 1))
 
     is_stack = ".experts." in name
-    return SourceTensor((len(group), *group[0].shape) if is_stack else group[0].shape, None, values)
+    return SourceTensor((len(group), *group[0].shape) if is_stack else group[0].shape, group[0].format, values)
 
 
 def _place(name: str) -> tuple[int, int, str]:
