@@ -41,6 +41,8 @@ def weights_of(kind: str, name: str) -> Tensor:
         "constant": rows.expand(24, 512),
         "negative constant": -rows.expand(24, 512),
         "one": torch.ones(24, 512),
+        "negative, often zero": -gaussian.relu(),
+        "on a binary grid": torch.randint(-4, 4, (24, 512)) / 64,
         "half zero": gaussian.masked_fill(torch.arange(512) % 256 < 128, 0),
         "sparse": gaussian.masked_fill(torch.rand(24, 512) < 0.95, 0),
         "small scales": 1e-4 * gaussian,
@@ -53,8 +55,8 @@ def weights_of(kind: str, name: str) -> Tensor:
 
 KINDS = [
     "gaussian", "laplace", "student", "one outlier", "positive", "negative", "far from zero", "constant",
-    "negative constant", "one", "half zero", "sparse", "small scales", "scales of a few bits",
-    "below the smallest scale", "denormal", "huge",
+    "negative constant", "one", "negative, often zero", "on a binary grid", "half zero", "sparse", "small scales",
+    "scales of a few bits", "below the smallest scale", "denormal", "huge",
 ]  # fmt: skip
 
 

@@ -5,7 +5,9 @@ that end near the smallest and the largest weight: a little inside, a little out
 best with the best a and m are one more candidate.
 
 Then a is rounded to d·s. If m moves along, the difference δ costs δ²·Σ(q - mean q)², and m falls by δ times the mean q;
-what it is then gets rounded to -e·t. For the next round d and e are the best two numbers for all sub-blocks.
+what it is then gets rounded to -e·t, for which s may yet change by one. Costs of that kind take the q for given, and
+mislead where many weights are equal; so the d and e that the largest s and t can be are tried for themselves too. For
+the last round d and e are the best two numbers for all sub-blocks.
 
 The t are not negative, so that all offsets of a block have one sign. It is minus, as ggml has it, unless all weights of
 the block are positive, and not all equal: then e is negative. Where the best m would have the other sign it is 0 and
@@ -19,13 +21,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lorafit.formats.ksearch import BEYOND, NOISE, ROUNDS, added, better, extreme, in_columns, inverse, rounded_scales
+from lorafit.formats.ksearch import BEYOND, NOISE, added, better, cost, extreme, in_columns, inverse, rounded_scales
 
 _WEIGHTS = 32  # in a sub-block
 _TOP = 63  # the largest s and t
 # Integers to try for the largest scale of a block, and for the largest offset. 32 keeps what lies on a grid of binary
 # fractions where it is.
 _LEVELS = torch.tensor([*range(63, 47, -1), 32.0])
+# Of the variance, a difference in squared error that rounding of scales covers up. Where sub-blocks hold few different
+# weights, many grids are as good; if all take the first, their offsets are alike multiples of their scales.
+_TIE = 2.0**-18
 # How far inside the range of a sub-block its grid begins and ends, in steps; outside where negative.
 _ENDS = ((0.0, 0.0), (-0.2, 0.4), (0.2, -0.6), (0.4, -0.2), (-0.6, 0.2), (0.4, 0.4), (-0.6, -0.6))
 
@@ -60,21 +65,17 @@ def shifted(weights: Tensor, largest: int) -> Shifted:
     w = in_columns(weights.masked_fill(too_large[:, None], 0), 8)
     positive = (low >= 0) & (low < high) & (high < _TOP * BEYOND)  # above, a scale reaches and an offset does not
     sub_blocks = _SubBlocks(w, positive, largest)
-    fit, levels = sub_blocks.search(), _LEVELS[:, None].to(w.device)
-    d, e = fit.factor.amax(0) / levels, extreme(-fit.offset) / levels
+    fit = sub_blocks.search()
     found: tuple[Tensor, ...] = ()
-    for _ in range(ROUNDS):
-        d, s = rounded_scales(d, fit.factor, fit.curvature, (0, _TOP), _WEIGHTS)
-        offset = sub_blocks.allowed(fit.offset - (d * s - fit.factor) * fit.slope)
-        e, t = rounded_scales(e, -offset, torch.full_like(offset, _WEIGHTS), (0, _TOP), None)
-        a, m = d * s, -(e * t)
-        q = sub_blocks.codes(m, inverse(a))
-        error = added(added((q * a + m - w).square_()))
-        found = better((error, d, e, s, t, q), found)
-        fit = sub_blocks.fit(q)
-        fitted = fit.of_block(s, t, d, e)
-        d, e = torch.stack((fitted[0], d)), torch.stack((fitted[1], e))
+    every = _LEVELS[:, None].to(w.device)
+    for levels in (every[:1], every):
+        d, s, offset = fit.scales(fit.factor.amax(0) / levels)
+        found = better(sub_blocks.rounded(fit, d, s, extreme(-sub_blocks.allowed(offset)) / levels), found)
     _, d, e, s, t, q = found
+    fit = sub_blocks.fit(q)
+    d, e = fit.of_block(s, t, d, e)
+    d, s, _ = fit.scales(d)
+    _, d, e, s, t, q = better(sub_blocks.rounded(fit, d, s, e), found)
     return Shifted(d.masked_fill(too_large, torch.inf), e, s.T, t.T, q.permute(2, 1, 0))
 
 
@@ -87,7 +88,7 @@ class _Fit(NamedTuple):
         offset: What is added.
         slope: By how much the best offset falls where the factor rises by one.
         curvature: What it costs if the factor is off by one.
-        margin: By how much the error may be off.
+        margin: What makes no difference once scales are rounded.
     """
 
     error: Tensor
@@ -97,12 +98,21 @@ class _Fit(NamedTuple):
     curvature: Tensor
     margin: Tensor
 
-    def of_block(self, s: Tensor, t: Tensor, d: Tensor, e: Tensor) -> tuple[Tensor, Tensor]:
-        """The best d and e for given s and t: those given where many are as good.
+    def offset_with(self, factor: Tensor) -> Tensor:
+        """The best offset with another factor."""
+        return self.offset - (factor - self.factor) * self.slope
 
-        They minimise Σ curvature·(d·s - factor)² + 32·(offset - slope·(d·s - factor) + e·t)².
+    def scales(self, d: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The best d among some [k, n], the integers with it, and the offsets that are best with both."""
+        d, s = rounded_scales(d, self.factor, self.curvature, (0, _TOP), _WEIGHTS)
+        return d, s, self.offset_with(d * s)
+
+    def of_block(self, s: Tensor, t: Tensor, d: Tensor, e: Tensor) -> tuple[Tensor, Tensor]:
+        """The best d and e for given s and t, and those given: two [2, n].
+
+        The best minimise Σ curvature·(d·s - factor)² + 32·(offset - slope·(d·s - factor) + e·t)².
         """
-        falling, start = self.slope * s, self.offset + self.slope * self.factor
+        falling, start = self.slope * s, self.offset_with(torch.zeros_like(s))
         dd = added(s * s * self.curvature + _WEIGHTS * falling.square())
         de = -_WEIGHTS * added(t * falling)
         ee = _WEIGHTS * added(t * t)
@@ -110,10 +120,10 @@ class _Fit(NamedTuple):
         of_e = -_WEIGHTS * added(t * start)
         spread = dd * ee - de.square()
         unique = spread > NOISE * dd * ee
-        return (
-            torch.where(unique, (of_d * ee - of_e * de) / spread, torch.where(ee == 0, of_d / dd.clamp(min=1), d)),
-            torch.where(unique, (of_e * dd - of_d * de) / spread, e),
-        )
+        alone = torch.where(ee == 0, of_d / dd.clamp(min=1), d)
+        best_d = torch.where(unique, (of_d * ee - of_e * de) / spread, alone)
+        best_e = torch.where(unique, (of_e * dd - of_d * de) / spread, e)
+        return torch.stack((best_d, d)), torch.stack((best_e, e))
 
 
 class _SubBlocks:
@@ -171,5 +181,37 @@ class _SubBlocks:
             torch.where(without, 0, offset),
             torch.where(without, 0, mean),
             torch.where(without, squares, spread),
-            NOISE * around_zero,
+            _TIE * around_zero,
         )
+
+    def rounded(self, fit: _Fit, d: Tensor, s: Tensor, e: Tensor) -> tuple[Tensor, ...]:
+        """The best e among some, all integers, and what comes of it.
+
+        Args:
+            fit: What the sub-blocks shall come near to.
+            d: Scales, [n].
+            s: What of their integers is the best without regard to e, [8, n].
+            e: Scales of the offsets, to choose from, [k, n].
+
+        Returns:
+            Squared error, d and e [n], s and t [8, n], q [32, 8, n].
+        """
+        wanted = -self.allowed(fit.offset_with(d * s))
+        e, _ = rounded_scales(e, wanted, torch.full_like(wanted, _WEIGHTS), (0, _TOP), None)
+        s, t = self._integers(fit, d, e, s)
+        a, m = d * s, -(e * t)
+        q = self.codes(m, inverse(a))
+        return added(added((q * a + m - self.weights).square_())), d, e, s, t, q
+
+    def _integers(self, fit: _Fit, d: Tensor, e: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+        """The s near those given, and the t, that are best together: an s farther off may meet a multiple of e."""
+        s = torch.stack((s, s - 1, s + 1)).clamp_(0, _TOP)
+        a = d * s
+        wanted = -self.allowed(fit.offset_with(a))
+        below = (wanted * inverse(e)).floor_().clamp_(0, _TOP)
+        above = (below + 1).clamp_(max=_TOP)
+        of_below, of_above = ((wanted - e * t).square_() for t in (below, above))
+        t = torch.where(of_above < of_below, above, below)
+        costs = cost(a, fit.factor, fit.curvature, _WEIGHTS) + _WEIGHTS * of_below.minimum(of_above)
+        best = costs.argmin(0, keepdim=True)
+        return s.gather(0, best)[0], t.gather(0, best)[0]

@@ -29,7 +29,7 @@ from torch import Tensor
 _HALF_MAX, HALF_MIN = 65504.0, 2.0**-24  # the largest half-precision number, and the smallest above zero
 BEYOND = 65520.0  # from here on, rounding to half precision gives infinity
 NOISE = 2.0**-22  # of sums in float32; less than it is no gain
-ROUNDS = 2
+_ROUNDS = 2
 
 # Codes for the weight of largest magnitude in a sub-block of Q6_K, whose codes are -32 to 31. The first is best for
 # equal weights: a power of two.
@@ -63,7 +63,7 @@ def scaled(weights: Tensor) -> Scaled:
     factor, squares = _factors(w)
     d = extreme(factor) / _LEVELS[:, None].to(w.device)
     found: tuple[Tensor, ...] = ()
-    for _ in range(ROUNDS):
+    for _ in range(_ROUNDS):
         d, s = rounded_scales(d, factor, squares, (-128, 127), 16)
         a = d * s
         q = (w * inverse(a)).round_().clamp_(-32, 31)
@@ -110,17 +110,18 @@ def rounded_scales(
     below = (factor * inverse(d)[:, None]).floor_().clamp_(*limits)
     above = (below + 1).clamp_(max=limits[1])
 
-    def cost(s: Tensor) -> Tensor:
-        rounded = d[:, None] * s
-        kept = (rounded - factor).square_() * squares
-        if weights is None:
-            return kept
-        return torch.where(rounded.abs() > factor.abs(), kept.minimum(rounded.square_() * (weights / 12)), kept)
-
-    of_below, of_above = cost(below), cost(above)
+    of_below, of_above = (cost(d[:, None] * s, factor, squares, weights) for s in (below, above))
     s = torch.where(of_above < of_below, above, below)
     best = added(of_below.minimum(of_above).transpose(0, 1)).argmin(0, keepdim=True)
     return d.gather(0, best)[0], s.gather(0, best[:, None].expand(1, *factor.shape))[0]
+
+
+def cost(rounded: Tensor, factor: Tensor, squares: Tensor, weights: int | None) -> Tensor:
+    """What it costs to have a rounded factor in place of the best one, see ``rounded_scales``."""
+    kept = (rounded - factor).square_() * squares
+    if weights is None:
+        return kept
+    return torch.where(rounded.abs() > factor.abs(), kept.minimum(rounded.square() * (weights / 12)), kept)
 
 
 def in_columns(weights: Tensor, sub_blocks: int) -> Tensor:
