@@ -32,6 +32,10 @@ if TYPE_CHECKING:
 # more than the gap between two regions. It is read when torch is loaded, and whoever has set it keeps their value.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
+# oneDNN, which multiplies bfloat16 for torch, compiles code for every shape and by default keeps the last 1,024.
+# A pass with another number of tokens brings some 20 new ones of half a megabyte. This many are those of a step.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
+
 __version__ = "0.1.0.dev0"
 
 # Name -> the module that defines it; a module that is public itself maps to None.

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from lorafit.formats import FORMATS, dequantize
 from lorafit.models.load import load_base
-from lorafit.modules import PackedEmbedding, PackedLinear, PackedWeight
+from lorafit.modules import PackedEmbedding, PackedLinear, PackedWeight, packed
 from tests.oracles.adapted import q4_1
 from tests.oracles.blocks import random_blocks
 from tests.oracles.tiny_gguf import write_tiny_llama
@@ -54,6 +54,23 @@ def test_backward_is_that_of_the_dequantised_matrix(permuted: bool) -> None:
     grad = torch.randn(2, 5, OUT, dtype=torch.float64)
     linear(x).backward(grad)
     torch.testing.assert_close(x.grad, grad @ matrix, rtol=0, atol=1e-12)  # all in float64
+
+
+@pytest.mark.parametrize("name", ["Q4_1", "NF4_DQ"])  # one with constants that belong to places in the whole matrix
+@pytest.mark.parametrize("permuted", [False, True])
+def test_a_large_matrix_is_multiplied_in_pieces(name: str, permuted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    height, width = 50, 128
+    monkeypatch.setattr(packed, "PIECE", 7 * width)  # seven pieces and a rest
+    blocks, constants = random_blocks(name, height, width // FORMATS[name].elements)
+    rows = torch.randperm(height, generator=torch.Generator().manual_seed(1)) if permuted else torch.arange(height)
+    matrix = dequantize(blocks, name, (height, width), constants).double()[rows]
+    linear = PackedLinear(PackedWeight(blocks, name, rows=rows if permuted else None, constants=constants))
+    x = torch.randn(2, 5, width, dtype=torch.float64, requires_grad=True)
+    y = linear(x)
+    grad = torch.randn_like(y)
+    y.backward(grad)
+    torch.testing.assert_close(y, x.detach() @ matrix.T, rtol=1e-12, atol=1e-9)  # all in float64
+    torch.testing.assert_close(x.grad, grad @ matrix, rtol=1e-12, atol=1e-9)
 
 
 def test_embedding_takes_rows_of_the_dequantised_matrix() -> None:

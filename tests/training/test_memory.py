@@ -1,5 +1,7 @@
 """What is kept for the backward pass changes memory, never a bit of the gradient."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -54,3 +56,19 @@ def test_less_memory_gives_the_same_bits_and_keeps_less(path: Path, adapter: Ada
         assert kept_less < share * kept
     # Left open, a trainer alone keeps everything.
     assert step(path, adapter, "auto")[2] == kept
+
+
+_CHILD = "from lorafit.training.memory import peak_rss_bytes; print(peak_rss_bytes())"
+_PARENT = f"""
+import subprocess, sys
+held = b"x" * 2_000_000_000
+subprocess.run([sys.executable, "-c", {_CHILD!r}], check=True)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the system's figure is the process's own")
+def test_the_peak_is_that_of_the_process_itself() -> None:
+    """A process that another one with much memory starts has none of it."""
+    told = subprocess.run([sys.executable, "-c", _PARENT], capture_output=True, text=True, check=True).stdout
+    # Python with torch and transformers, between what it cannot do without and half of what its parent holds.
+    assert 100e6 < int(told) < 1000e6

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ from lorafit.formats import block_format
 
 # A weight is read once by the fused kernel, and re-read for every token; unpacking pays from about this many tokens on.
 FUSED_TOKENS = 4
+
+PIECE = 2**22  # weights unpacked at once where nothing needs all of them: 8 MB in bfloat16 instead of a vocabulary's 57
 
 _scratch = threading.local()
 
@@ -82,6 +85,21 @@ class PackedWeight(nn.Module):
             self.blocks, self.format_name, dtype, rows=self.rows, offsets=offsets, constants=self.constants, out=out
         )
 
+    def pieces(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+        """The matrix some rows at a time, which rows and what they are; valid until the next piece."""
+        height, width = self.shape
+        together = max(1, PIECE // width)
+        if height <= together:
+            yield slice(0, height), self.dense(dtype)
+            return
+        device = self.blocks.device
+        order = torch.arange(height, device=device) if self.rows is None else self.rows
+        for start in range(0, height, together):
+            rows = order[start : start + together]
+            out = scratch((len(rows), width), dtype, device)
+            kernels.dequantize(self.blocks, self.format_name, dtype, rows=rows, constants=self.constants, out=out)
+            yield slice(start, start + len(rows)), out
+
     def take(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
         """Some rows of the matrix: int64 [n] -> [n, in_dim]."""
         rows = ids if self.rows is None else self.rows[ids]
@@ -94,8 +112,12 @@ class PackedWeight(nn.Module):
             result = kernels.linear(
                 flat, self.blocks, self.format_name, rows=self.rows, offsets=offsets, constants=self.constants
             )
-        else:
+        elif offsets is not None:
             result = flat @ self.dense(x.dtype, offsets).T
+        else:
+            result = flat.new_empty(flat.shape[0], self.shape[0])
+            for rows, weights in self.pieces(x.dtype):
+                torch.mm(flat, weights.T, out=result[:, rows])
         return result.view(*x.shape[:-1], self.shape[0])
 
     def extra_repr(self) -> str:
@@ -103,17 +125,22 @@ class PackedWeight(nn.Module):
 
 
 class _FrozenProduct(torch.autograd.Function):
-    """x·Wᵀ with W unpacked in the forward pass and again in the backward pass."""
+    """x·Wᵀ with W unpacked in the forward pass and again in the backward pass, a piece at a time."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: PackedWeight) -> Tensor:
         ctx.weight = weight
-        return x @ weight.dense(x.dtype).T
+        return weight.product(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         (grad,) = grads
-        return grad @ ctx.weight.dense(grad.dtype), None
+        flat = grad.reshape(-1, grad.shape[-1])
+        # Products of several pieces are summed in no less than float32.
+        dx = flat.new_zeros(flat.shape[0], ctx.weight.shape[1], dtype=torch.promote_types(grad.dtype, torch.float32))
+        for rows, weights in ctx.weight.pieces(grad.dtype):
+            dx += flat[:, rows] @ weights
+        return dx.to(grad.dtype).view(*grad.shape[:-1], -1), None
 
 
 class PackedLinear(nn.Module):

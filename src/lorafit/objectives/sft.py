@@ -21,7 +21,7 @@ from lorafit.data.packing import Batch
 from lorafit.kernels import step
 from lorafit.models.logits import finish_logits
 
-_CHUNK = 512  # places at a time: 512 rows of logits over 50,000 tokens are 50 MB in bfloat16
+CHUNK = 256  # places at a time: 256 rows of logits over 50,000 tokens are 25 MB in bfloat16
 
 
 def hidden_states(model: PreTrainedModel, batch: Batch) -> Tensor:
@@ -64,7 +64,7 @@ def _logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
 
 
 def _chunks(hidden: Tensor, targets: Tensor) -> Any:
-    return zip(hidden.split(_CHUNK), targets.split(_CHUNK), strict=True)
+    return zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True)
 
 
 def _with_gradient(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -95,8 +95,9 @@ class _ChunkedLoss(torch.autograd.Function):
             total += losses.sum()
             of_hidden, *of_parameters = torch.autograd.grad(logits, [chunk, *trained], grad)
             by_hidden.append(of_hidden)
-            for sum_, grad in zip(by_parameter, of_parameters, strict=True):
-                sum_ += grad
+            for sum_, of_parameter in zip(by_parameter, of_parameters, strict=True):
+                sum_ += of_parameter
+            del logits, grad  # or the next chunk's would be computed beside them
         ctx.save_for_backward(torch.cat(by_hidden), *by_parameter)
         return total
 

@@ -24,13 +24,14 @@ from transformers import PreTrainedModel
 from lorafit.config import Memory, MemoryLevel
 from lorafit.data.chat import Document
 from lorafit.kernels import step
+from lorafit.modules.packed import PIECE
+from lorafit.objectives.sft import CHUNK
 from lorafit.training.memory import Free
 
 _PLANNED_SHARE = 0.6
 _LEVELS: tuple[MemoryLevel, ...] = get_args(MemoryLevel)  # from the most memory to the least
 _PIECE = 512  # queries at a time, or whole documents up to here, in attention
 _SCORES = 12  # buffers of the largest piece's scores; the allocator keeps those of smaller pieces before it, too
-_CHUNK = 512  # places at a time in the loss
 _CODE = 50_000_000  # libraries and kernels that the first step loads and compiles
 _OF_PARAMETER = 12  # gradient and two moments in float32
 
@@ -112,9 +113,9 @@ def estimate_step(
     layer = 2 * width + query + 2 * key + 3 * forward + (2 * width + query + forward if keeps_inputs else 0)
     layer += 2 * width + query + 2 * key + 2 * forward if keeps_outputs else 0
     scores = _SCORES * config.num_attention_heads * max(min(length, _PIECE) * length for length in lengths)
-    logits = min(sum(sum(document.trained) for document in documents), _CHUNK) * config.vocab_size
+    logits = min(sum(sum(document.trained) for document in documents), CHUNK) * config.vocab_size
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    largest = max(config.vocab_size * width, width * forward)
+    largest = max(min(config.vocab_size * width, PIECE), width * forward)
     common = itemsize * (2 * layer * tokens + scores + logits + largest)
     # Without a pass that leaves the gradient in their place, it is another of these, and two more in float32.
     common += (0 if step.is_available() else itemsize + 8) * logits + _OF_PARAMETER * trained + mapped_bytes + _CODE

@@ -25,6 +25,12 @@ from lorafit.config import MemoryLevel
 def peak_rss_bytes() -> int | None:
     """Peak resident memory of this process, mapped files included; None where the system does not tell (Windows)."""
     try:
+        # Not by getrusage, which on Linux starts from the peak of the process that started this one.
+        status = Path("/proc/self/status").read_text()
+        return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM:"))
+    except (OSError, StopIteration):
+        pass
+    try:
         import resource
     except ImportError:
         return None
