@@ -25,7 +25,7 @@ from lorafit.models.unpacked import Unpacked, plain_config
 
 SHARD_BYTES = 4_000_000_000  # longest file of weights
 
-_AT_ONCE = 1 << 20  # weights that are compared at once
+_AT_ONCE = 1 << 17  # weights that are compared at once
 
 
 @dataclass(frozen=True)
