@@ -182,7 +182,7 @@ def test_plain_lora_beside_is_trained_and_merged_by_rounding(
     assert main(["merge", run, output, "--requantize", "q8_0"]) == 0
     text = capsys.readouterr().out
     assert "not exact" in text
-    assert "2 from Q6_K to Q8_0, 1 from Q8_0 to Q8_0: plain LoRA added, rounded anew" in " ".join(text.split())
+    assert "2 from Q6_K to Q8_0, 1 from Q8_0 to Q8_0: update added, rounded anew" in " ".join(text.split())
     certificate = json.loads(Path(f"{output}.certificate.json").read_text())
     assert certificate["requantized"]["exact"] is False
     losses = certificate["held_out"]

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from lorafit.config import LoRA, QALoRA
+from lorafit.config import QALoRA
 from lorafit.errors import MergeError, MissingFileError
 from lorafit.merging import apply, plan, verify
 from lorafit.models.load import load
@@ -158,12 +158,6 @@ def test_a_head_of_its_own_merges_and_leaves_the_embedding(tmp_path: Path) -> No
     before, after = tensors(base.path), tensors(merge(run, tmp_path / "tuned.gguf"))
     changed = {name for name in before if not np.array_equal(before[name].data, after[name].data)}
     assert changed == {"output.weight"}
-
-
-def test_lora_is_refused_with_remedies(tiny: TinyLlama, tmp_path: Path) -> None:
-    run = write_run(tmp_path / "run", tiny.path, LoRA(rank=2))
-    with pytest.raises(MergeError, match=r"--method lora, .* ship .*run/adapter .* --method qalora"):
-        plan(run)
 
 
 def test_not_a_run(tmp_path: Path) -> None:

@@ -23,16 +23,21 @@ def show_file(console: Console, certificate: Certificate) -> None:
     answers = engine.answers if isinstance(engine, InLlamaCpp) else engine
     rounded, grown = certificate.requantized, certificate.merged.size - certificate.base.size
     size = f"the size changes by {grown:+,} ({grown / certificate.base.size:+.1%})" if grown else "the size is the same"
-    facts = {"weights": f"bit-identical to those trained: {weights.offsets:,} offsets in {weights.tensors} tensors"}
+    facts = {}
+    if weights.bit_identical:
+        facts["weights"] = f"bit-identical to those trained: {weights.offsets:,} offsets in {weights.tensors} tensors"
     if weights.promoted:
         facts["promoted"] = f"as for training: {_counts(weights.promoted)}"
     if rounded is not None:
         facts["not exact"] = (
-            f"{_counts(rounded.formats)}: plain LoRA added, rounded anew; weights off by {rounded.relative_error:.2%}"
+            f"{_counts(rounded.formats)}: update added, rounded anew; weights off by {rounded.relative_error:.2%}"
         )
     base = f"the promoted {certificate.base.name}" if weights.promoted else certificate.base.name
-    those = "of the exact tensors, " if rounded is not None else ""
-    facts["bytes"] = f"{those}{weights.bytes_changed:,} differ from {base}, all in offsets; {size}"
+    if weights.bit_identical:
+        those = "of the exact tensors, " if rounded is not None else ""
+        facts["bytes"] = f"{those}{weights.bytes_changed:,} differ from {base}, all in offsets; {size}"
+    else:
+        facts["bytes"] = f"{weights.untouched} tensors and all metadata are those of {base}; {size}"
     facts["loss in lorafit"] = _losses(certificate.held_out, "file", exact=rounded is None)
     if isinstance(engine, InLlamaCpp):
         facts["llama.cpp"] = f"loads the file and runs it (xllamacpp {engine.version})"

@@ -42,8 +42,8 @@ def merge(
         output: The GGUF file to write, or the directory: safetensors that transformers loads.
         dtype: Type of the weights in a directory; fp32 if missing, which rounds nothing.
         onto: For a directory, the original of a quantised base, to which the update is added instead.
-        requantize: For a file, the format to round tensors to that were trained by plain LoRA; ``keep`` for the format
-            of each.
+        requantize: For a file, the format to round tensors to that do not merge exactly, which are all but QA-LoRA's;
+            ``keep`` for the format of each.
         certificate_tolerance: By how much rounding, or ``onto``, may raise the held-out loss, in nats per token; above
             it nothing is written. 0.05 if missing.
         overwrite: Replace the output if it exists; of directories those alone that an earlier merge or export wrote.
@@ -193,8 +193,8 @@ def merge_command(
             [default: fp32]
         onto: For a directory, the original of the quantised base that was trained on. The update is added to it instead
             of to the base that was trained on, with a warning that says how far the two are apart.
-        requantize: For a GGUF file of a run with --frozen-tensors lora, the format to which the tensors that have plain
-            LoRA are rounded after it was added; keep stands for the format of each. This part of a merge is not exact.
+        requantize: For a GGUF file, the format to which tensors are rounded anew after the update was added; keep is
+            the format of each. Without it a quantised file takes QA-LoRA's updates only, which need no rounding.
         certificate_tolerance: By how much --requantize, --dtype or --onto may raise the held-out loss above that of
             the run, in nats per token; above it nothing is written. [default: 0.05]
         overwrite: Replace the output if it exists; of directories those alone that an earlier merge or export wrote.

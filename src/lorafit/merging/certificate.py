@@ -11,8 +11,9 @@ Everything is proved on the written file, opened again:
 * *llama.cpp.* The engine that the file is made for loads it, and says how likely it finds held-out answers and what it
   answers itself, before and after (``engine.py``).
 
-Tensors with plain LoRA that were rounded anew are no part of these claims. For them the certificate says that they are
-not exact, how far rounding moved the weights, and the losses of run and file, which then differ.
+Tensors that were rounded anew are no part of these claims. For them the certificate says that they are not exact, how
+far rounding moved the weights, and the losses of base, run and file: the run's is what is had by shipping the adapter
+beside the base.
 
 A claim that turns out false is an error, and then neither file nor certificate appears. A measurement that could not be
 made is in the certificate as well, with the reason.
@@ -21,9 +22,11 @@ made is in the certificate as well, with the reason.
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +40,12 @@ from lorafit.evaluation.llamacpp import available
 from lorafit.merging.engine import NO_ROWS, InLlamaCpp, NotMeasured, run_in_llamacpp
 from lorafit.merging.exact import OffsetChange
 from lorafit.merging.plan import Plan
-from lorafit.merging.requantize import RoundedChange
+from lorafit.merging.requantize import RoundedChange, merged_matrix
 from lorafit.merging.run import HeldOut, HeldOutRows, check_loss
 from lorafit.merging.verify import verify
 from lorafit.models.load import load_base
-from lorafit.modules import AdapterModule, PackedLinear, QALoRALinear, adapters_disabled
+from lorafit.models.saving import squared_error
+from lorafit.modules import AdapterModule, PackedEmbedding, PackedLinear, QALoRALinear, adapters_disabled
 from lorafit.modules.experts import ExpertStack
 
 
@@ -66,7 +70,7 @@ class Weights:
 
     Attributes:
         bit_identical: Integers and scales are the base's, promoted where ``promoted`` says so, and offsets the run's;
-            all other tensors and all metadata are the base's.
+            all other tensors and all metadata are the base's. False if no tensor was merged so.
         tensors: Tensors with new offsets.
         offsets: Offsets that were written.
         bytes_changed: Bytes of offsets that differ from the base's, promoted where need be; no other bytes do.
@@ -87,19 +91,21 @@ class Weights:
 
 @dataclass(frozen=True)
 class Requantized:
-    """Tensors to which plain LoRA was added, and which were rounded anew.
+    """Tensors to which the update was added, and which were rounded anew.
 
     Attributes:
         exact: They are not what was trained.
         tensors: How many.
         formats: "FORMAT to FORMAT" -> how many of them went from one to the other.
         relative_error: How far rounding moved their weights: root mean square, relative to that of the weights.
+        searched: Whether the blocks with the least error were searched; otherwise weights were rounded one by one.
     """
 
     exact: bool
     tensors: int
     formats: dict[str, int]
     relative_error: float
+    searched: bool
 
 
 @dataclass(frozen=True)
@@ -171,7 +177,7 @@ def certify(
         base=FileRecord(plan.base.path.name, plan.base_sha256, comparison.base_size),
         merged=FileRecord(name, comparison.sha256, comparison.size),
         weights=Weights(
-            bit_identical=True,
+            bit_identical=bool(exact),
             tensors=len(exact),
             offsets=sum(change.offsets.numel() for change in exact),
             bytes_changed=comparison.bytes_changed,
@@ -205,26 +211,24 @@ def _measure_rounding(plan: Plan, merged: PreTrainedModel) -> Requantized | None
     if not changes:
         return None
     error = size = 0.0
-    for module in dict.fromkeys(change.module for change in changes):
-        trained = plan.base.model.get_submodule(module)
+    for name in dict.fromkeys(change.module for change in changes):
+        trained = plan.base.model.get_submodule(name)
         assert isinstance(trained, AdapterModule)
-        updates = trained.delta_weight().view(-1, trained.out_features, trained.in_features)
-        pairs = zip(_matrices(trained.base), _matrices(merged.get_submodule(module)), updates, strict=True)
-        for before, found, update in pairs:
-            wanted = before + update
-            error += float((found - wanted).double().square().sum())
-            size += float(wanted.double().square().sum())
-    return Requantized(False, len(changes), _count_formats(changes), (error / size) ** 0.5 if size else 0.0)
+        for number, found in enumerate(_matrices(merged.get_submodule(name))):
+            # Both would be unpacked into the same buffer.
+            wanted = merged_matrix(trained, number)
+            moved, whole = squared_error(found(), wanted)
+            error, size = error + moved, size + whole
+    relative = math.sqrt(error / size) if size else 0.0
+    return Requantized(False, len(changes), _count_formats(changes), relative, plan.searched)
 
 
-def _matrices(layer: torch.nn.Module) -> Iterator[Tensor]:
-    """The matrix of a linear layer, or those of its experts: float32 [out_dim, in_dim]."""
+def _matrices(layer: torch.nn.Module) -> list[Callable[[], Tensor]]:
+    """What unpacks the matrix of a layer, or those of its experts: float32 [out_dim, in_dim]."""
     if isinstance(layer, ExpertStack):
-        for expert in range(layer.experts):
-            yield layer.dense(expert, torch.float32).clone()
-    else:
-        assert isinstance(layer, PackedLinear)
-        yield layer.packed.dense(torch.float32).clone()
+        return [partial(layer.dense, expert, torch.float32) for expert in range(layer.experts)]
+    assert isinstance(layer, PackedLinear | PackedEmbedding)
+    return [partial(layer.packed.dense, torch.float32)]
 
 
 def _compare_losses(plan: Plan, merged: PreTrainedModel, rows: HeldOutRows, name: str) -> HeldOut | NotMeasured:

@@ -18,11 +18,13 @@ from lorafit.containers.atomic import fingerprint
 from lorafit.containers.gguf import GGUFFile
 from lorafit.containers.gguf_writer import rewrite
 from lorafit.errors import MergeError
+from lorafit.formats import block_format
 from lorafit.merging.exact import OffsetChange, hold_stored
 from lorafit.merging.requantize import RoundedChange, packed_weights, rounded_changes
 from lorafit.merging.run import DEFAULT_TOLERANCE, Run, check_tolerance, detect
 from lorafit.models.base import Base
 from lorafit.modules import AdapterModule, PackedEmbedding, QALoRALinear, adapter_modules
+from lorafit.modules.whole import TrainedCopy, TrainedTokens
 
 
 @dataclass(frozen=True)
@@ -36,8 +38,9 @@ class Plan:
         file: The base file.
         changes: What is written, in the order of the file.
         rounded_otherwise: Offsets that this machine, computing them anew from A and B, rounds to a neighbour.
-        requantize: What tensors with plain LoRA are rounded to; None if there are none.
+        requantize: What tensors are rounded to that do not merge exactly; None if there are none.
         tolerance: By how much that may raise the held-out loss.
+        searched: Whether the blocks with the least error are searched for it.
     """
 
     run: Run
@@ -48,40 +51,50 @@ class Plan:
     rounded_otherwise: int
     requantize: Requantize | None = None
     tolerance: float = DEFAULT_TOLERANCE
+    searched: bool = True
 
 
-def plan(run: str | Path, *, requantize: Requantize | None = None, certificate_tolerance: float | None = None) -> Plan:
+def plan(
+    run: str | Path,
+    *,
+    requantize: Requantize | None = None,
+    certificate_tolerance: float | None = None,
+    searched: bool = True,
+) -> Plan:
     """Detect what a run is, work out its merge and validate it; nothing is written.
 
     Args:
         run: Directory of a run.
-        requantize: The format to which tensors with plain LoRA are rounded; ``keep`` for the format of each.
+        requantize: The format to which tensors are rounded that do not merge exactly; ``keep`` for the format of each.
         certificate_tolerance: By how much that may raise the held-out loss, in nats per token.
+        searched: Whether the blocks with the least error are searched; otherwise weights are rounded as the format's
+            maker does, for comparison.
 
     Raises:
         MissingFileError: There is no such run, it is not complete, or its base has gone.
-        MergeError: Its method has no exact merge, its base is not the file that it was trained on, its stored offsets
-            do not fit the file or do not belong to its adapter, or ``requantize`` is missing, idle or impossible.
+        MergeError: Its base is no GGUF file or not what it was trained on, its stored offsets do not fit the file or do
+            not belong to its adapter, it trained what no tensor of the file can hold, or ``requantize`` is missing,
+            idle or impossible.
     """
     found = detect(run)
-    base = _mergeable_base(found)
+    base = _file_base(found)
     load_adapter(base.model, found.adapter, hold_offsets=False)
-    adapters = adapter_modules(base.model)
+    adapters = _changing(adapter_modules(base.model))
     file = GGUFFile.open(base.path)
-    _check_tensors(base, adapters, file)
+    _check_tensors(found, base, adapters, file)
     exact = {name: module for name, module in adapters.items() if isinstance(module, QALoRALinear)}
     beside = {name: module for name, module in adapters.items() if name not in exact}
-    tolerance = _check_options(found, len(beside), requantize, certificate_tolerance)
-    rounded_otherwise = hold_stored(found.adapter, exact)
+    requantize, tolerance = _check_options(found, beside, requantize, certificate_tolerance)
     changes: list[OffsetChange | RoundedChange] = []
+    rounded_otherwise = hold_stored(found.adapter, exact) if exact else 0
     for name, module in exact.items():
         changes.append(_offset_change(name, module, file))
     if requantize is not None:
         for name, other in beside.items():
-            changes += rounded_changes(name, other, file.tensors, requantize)
+            changes += rounded_changes(name, other, file.tensors, requantize, searched)
     changes.sort(key=lambda change: change.tensor.offset)
     sha256 = fingerprint(base.path)
-    return Plan(found, base, sha256, file, tuple(changes), rounded_otherwise, requantize, tolerance)
+    return Plan(found, base, sha256, file, tuple(changes), rounded_otherwise, requantize, tolerance, searched)
 
 
 def apply(plan: Plan, target: str | Path) -> None:
@@ -100,60 +113,74 @@ def apply(plan: Plan, target: str | Path) -> None:
     rewrite(plan.file, target, {change.tensor.name: change for change in plan.changes})
 
 
-def _mergeable_base(run: Run) -> Base:
-    """The base of a run that can be merged into a GGUF file."""
+def _file_base(run: Run) -> Base:
+    """The base of a run, which must be a GGUF file as it lies on the disk."""
     record = run.record
+    instead = f"merge into a directory and export that, or ship {run.adapter} beside the base"
     if record.quantize:
         raise MergeError(
             f"{run.path} was trained on {record.base} as it is after --quantize {record.quantize}: there is no GGUF "
-            f"file of these blocks to merge into; merge into a directory, or ship {run.adapter} beside the base"
-        )
-    if not isinstance(record.config, QALoRA):
-        raise MergeError(
-            f"{run.path} was trained with --method {record.config.method}, whose update does not fit into the blocks "
-            f"of a GGUF file; ship {run.adapter} beside the base, or train with --method qalora"
+            f"file of these blocks to merge into; {instead}"
         )
     base = run.load_base(run.config.compute)
     if not base.path.is_file():
-        raise MergeError(
-            f"{base.path} is no GGUF file to merge into; merge into a directory, or ship {run.adapter} beside it"
-        )
+        raise MergeError(f"{base.path} is no GGUF file to merge into; {instead}")
     return base
 
 
-def _check_options(run: Run, beside: int, requantize: Requantize | None, tolerance: float | None) -> float:
-    """Tensors with plain LoRA need a format to be rounded to, and without them there is nothing to round."""
+def _changing(adapters: Mapping[str, AdapterModule]) -> dict[str, AdapterModule]:
+    """Those that change a tensor: not a head that reads the trained rows of its embedding."""
+    return {name: each for name, each in adapters.items() if not (isinstance(each, TrainedTokens) and each.tied)}
+
+
+def _check_options(
+    run: Run, beside: Mapping[str, AdapterModule], requantize: Requantize | None, tolerance: float | None
+) -> tuple[Requantize | None, float]:
+    """What does not merge exactly needs a format to be rounded to, and without that there is nothing to round."""
     if requantize is not None and requantize not in get_args(Requantize):
         raise MergeError(f"--requantize {requantize} is not one of {', '.join(get_args(Requantize))}")
-    if beside and requantize is None:
+    packed = [part for module in beside.values() for part in packed_weights(module)]
+    if requantize is None and any(block_format(part.format_name).elements > 1 for part in packed):
+        what = f"plain LoRA on {len(beside)} layers (--frozen-tensors lora), which merge"
+        if not isinstance(run.record.config, QALoRA):
+            what = f"with --method {run.record.config.method}, whose updates of {len(beside)} layers merge"
         raise MergeError(
-            f"{run.path} trained plain LoRA on {beside} layers (--frozen-tensors lora), which merge only by being "
-            f"rounded anew: say to what, as in --requantize q8_0, or ship {run.adapter} beside the base"
+            f"{run.path} trained {what} into a quantised file only by being rounded anew: say to what, as in "
+            f"--requantize keep or q8_0, or ship {run.adapter} beside the base"
         )
     if requantize is not None and not beside:
         raise MergeError(f"--requantize {requantize} has no effect on {run.path}, of which every layer merges exactly")
-    if tolerance is not None and requantize is None:
+    if tolerance is not None and not beside:
         raise MergeError(
-            f"--certificate-tolerance {tolerance:g} has no effect without --requantize: the loss may not change at all"
+            f"--certificate-tolerance {tolerance:g} has no effect on {run.path}, of which every layer merges exactly: "
+            "the loss may not change at all"
         )
-    return check_tolerance(run, tolerance)
+    return requantize or ("keep" if beside else None), check_tolerance(run, tolerance)
 
 
-def _check_tensors(base: Base, adapters: Mapping[str, AdapterModule], file: GGUFFile) -> None:
+def _check_tensors(run: Run, base: Base, adapters: Mapping[str, AdapterModule], file: GGUFFile) -> None:
     """Every layer has tensors in the file that are its own."""
-    tables = {module.packed.name for module in base.model.modules() if isinstance(module, PackedEmbedding)}
+    parts = list(base.model.modules())
+    shared: set[str] = set()
+    if base.model.config.tie_word_embeddings and not any(isinstance(p, TrainedTokens) and p.tied for p in parts):
+        shared = {part.packed.name for part in parts if isinstance(part, PackedEmbedding)}
     for name, module in adapters.items():
         packed = packed_weights(module)
+        if not packed or (isinstance(module, TrainedCopy) and module.copies.keys() != {"weight"}):
+            raise MergeError(
+                f"{run.path} trained more of {name} than one matrix, which has no place in a GGUF file yet; merge into "
+                "a directory and export that"
+            )
         infos = [file.tensors.get(part.name) for part in packed]
-        if not packed or any(
+        if any(
             info is None or info.format != part.format_name or info.shape[-2:] != part.shape
             for part, info in zip(packed, infos, strict=True)
         ):
             raise MergeError(f"{file.path} has not the tensor that {name} was loaded from; did it change meanwhile?")
-        if any(part.name in tables for part in packed):
+        if any(part.name in shared for part in packed):
             raise MergeError(
-                f"the tensor of {name} is the table of embeddings too, which merging would change; train without that "
-                "layer, or ship the adapter beside the base"
+                f"the tensor of {name} is read as the table of embeddings and as the head, and merging would change "
+                f"both; merge into a directory, which keeps two, or ship {run.adapter} beside the base"
             )
 
 

@@ -1,14 +1,15 @@
-"""Merging what no block can take exactly: a tensor is unpacked, the update added in float32, and the sum rounded anew.
+"""Merging what no block can take exactly: the update is added to the unpacked weight, and the sum rounded anew.
 
-This is what other tools do to every tensor. Here it is for those alone that have plain LoRA because QA-LoRA cannot
-train them; it is asked for by name, and what it costs is measured. Some rows are worked on at a time, and packed as
-well as lorafit can (``kernels.search``).
+This is what other tools do to every tensor. Here it is asked for by name, and what it costs is measured. The sum is
+formed in float32, of one matrix at a time, and packed some rows at a time as well as lorafit can (``kernels.search``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
 from typing import get_args
 
 import torch
@@ -17,12 +18,11 @@ from torch import Tensor
 from lorafit.config import Requantize
 from lorafit.containers.gguf import TensorInfo
 from lorafit.errors import FormatError, MergeError
-from lorafit.formats import block_format, dequantize
+from lorafit.formats import block_format, quantize
 from lorafit.kernels import search
 from lorafit.merging.exact import differing
-from lorafit.modules import AdapterModule, LoRALinear, PackedLinear, PackedWeight
+from lorafit.modules import AdapterModule, LoRAExperts, PackedEmbedding, PackedLinear, PackedWeight
 from lorafit.modules.experts import PackedExperts
-from lorafit.modules.lora_experts import LoRAExperts
 
 
 @dataclass(frozen=True)
@@ -33,30 +33,35 @@ class RoundedChange:
         module: Name of the layer in the model.
         tensor: The tensor in the file.
         format: The format that it gets.
-        a: float32 [E, rank, in_dim]; E is the number of experts, 1 for a linear layer.
-        b: float32 [E, rows of an expert, rank], scaled, rows as the file has them.
+        height: Rows of each of its matrices: an expert's, or all.
+        matrix: Gives a matrix with the update, float32 [height, in_dim], rows as the file has them.
+        searched: Whether the best blocks are searched, or weights rounded as the format's maker does.
     """
 
     module: str
     tensor: TensorInfo
     format: str
-    a: Tensor
-    b: Tensor
+    height: int
+    matrix: Callable[[int], Tensor]
+    searched: bool = True
+    _last: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def convert(self, start: int, blocks: Tensor) -> Tensor:
-        """Rows ``start`` and following as the merged file has them.
+        """Rows ``start`` and following as the merged file has them; whoever asks for rows asks for the last ones too.
 
         Raises:
             MergeError: The sum does not fit the format.
         """
-        count, height = len(blocks), self.b.shape[1]
-        weights = dequantize(blocks, self.tensor.format, (count, self.tensor.shape[-1]))
-        for expert in range(start // height, -(-(start + count) // height)):
-            top = expert * height
-            first, end = max(top, start), min(top + height, start + count)
-            weights[first - start : end - start].addmm_(self.b[expert, first - top : end - top], self.a[expert])
+        end = start + len(blocks)
+        parts = []
+        for number in range(start // self.height, -(-end // self.height)):
+            top = number * self.height
+            parts.append(self._matrix(number)[max(start - top, 0) : min(end - top, self.height)])
+        weights = parts[0] if len(parts) == 1 else torch.cat(parts)
+        if end * self.tensor.shape[-1] == math.prod(self.tensor.shape):
+            self._last.clear()
         try:
-            return search.quantize(weights, self.format).blocks
+            return (search.quantize if self.searched else quantize)(weights, self.format).blocks
         except FormatError as error:
             raise MergeError(f"{self.tensor.name}: {error}; choose another --requantize") from None
 
@@ -64,42 +69,53 @@ class RoundedChange:
         """Hold written rows against the same computed again; what differs is the third number, as for offsets."""
         return 0, 0, differing(self.convert(start, old), new)
 
+    def _matrix(self, number: int) -> Tensor:
+        if number not in self._last:
+            self._last.clear()
+            self._last[number] = self.matrix(number)
+        return self._last[number]
+
 
 def rounded_changes(
-    name: str, module: AdapterModule, tensors: Mapping[str, TensorInfo], requantize: Requantize
+    name: str, module: AdapterModule, tensors: Mapping[str, TensorInfo], requantize: Requantize, searched: bool
 ) -> list[RoundedChange]:
-    """The changes of one layer with plain LoRA: one for each of its tensors.
+    """The changes of one layer: one for each of its tensors.
 
     Args:
         name: Name of the layer in the model.
         module: The layer.
         tensors: Name -> tensor in the file.
         requantize: The format to round to; ``keep`` for that of the tensor.
+        searched: Whether the best blocks are searched.
 
     Raises:
         MergeError: A tensor cannot be written in that format.
     """
-    assert isinstance(module, LoRALinear | LoRAExperts)
-    a, b = module.lora_A.detach(), module.lora_B.detach() * module.scale
-    if isinstance(module, LoRALinear):
-        a, b = a.unsqueeze(0), b.unsqueeze(0)
     changes, top = [], 0
     for packed in packed_weights(module):
-        height = packed.shape[0]
-        of_part = b[:, top : top + height]
-        if packed.rows is not None:
-            moved = torch.empty_like(of_part)
-            moved[:, packed.rows] = of_part
-            of_part = moved
-        info = tensors[packed.name]
-        changes.append(RoundedChange(name, info, _target(info, requantize), a, of_part))
+        info, height = tensors[packed.name], packed.shape[0]
+        matrix = partial(_in_file_order, module, slice(top, top + height), packed.rows)
+        changes.append(RoundedChange(name, info, _target(info, requantize), height, matrix, searched))
         top += height
     return changes
 
 
+def merged_matrix(module: AdapterModule, number: int) -> Tensor:
+    """A layer's weight with the update, or that of one of its experts: float32 [out_dim, in_dim]."""
+    if isinstance(module, LoRAExperts):
+        return module.merged_expert(number, module.base.dense(number, torch.float32))
+    (packed,) = packed_weights(module)
+    return module.merged_weight(packed.dense(torch.float32))
+
+
+def _in_file_order(module: AdapterModule, part: slice, rows: Tensor | None, number: int) -> Tensor:
+    merged = merged_matrix(module, number)[part]
+    return merged if rows is None else torch.empty_like(merged).index_copy_(0, rows, merged)
+
+
 def packed_weights(module: AdapterModule) -> list[PackedWeight]:
     """What a layer's matrix, or its first expert's, is packed in, one above the other; nothing if it is not packed."""
-    if isinstance(module.base, PackedLinear):
+    if isinstance(module.base, PackedLinear | PackedEmbedding):
         return [module.base.packed]
     return module.base.matrix(0) if isinstance(module.base, PackedExperts) else []
 
