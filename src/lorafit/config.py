@@ -7,6 +7,7 @@ module imports nothing heavy, so that ``lorafit --help`` stays instant.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, fields, replace
@@ -313,6 +314,13 @@ class TrainConfig:
     compute: Compute = "auto"
     samples: int = 3
     overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        # From Python a file may be named by an object, which config.yaml and the messages want as text.
+        for name in ("model", "data", "output", "adapter", "eval_data"):
+            value = getattr(self, name)
+            if isinstance(value, os.PathLike):
+                setattr(self, name, os.fspath(value))
 
 
 def read_settings(path: str | Path) -> dict[str, Any]:

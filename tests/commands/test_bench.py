@@ -33,3 +33,14 @@ def test_the_share_of_the_limit_follows_from_what_was_measured(
 def test_rows_longer_than_the_context_are_refused(model: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", model, "--length", "129"]) == 2
     assert "--length is 129, but the model's context is 128" in capsys.readouterr().err
+
+
+def test_a_narrow_model_is_measured_with_the_rank_that_it_can_have(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shape = {**SHAPE, "hidden": 128, "intermediate": 256}
+    path = write_tiny_llama(tmp_path / "tiny.gguf", format="Q4_1", **shape).path  # type: ignore[arg-type]
+    assert main(["bench", str(path), "--rounds", "1", "--batch-size", "1", "--length", "6", "--json"]) == 0
+    measured = json.loads(capsys.readouterr().out)
+    assert measured["rank"] == 128 // 32  # blocks in a row
+    assert list(measured["methods"]) == ["lora", "qalora"]

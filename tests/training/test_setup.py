@@ -244,3 +244,8 @@ def test_the_adapter_gets_the_settings_of_its_method(folder: Path) -> None:
     )
     asked = config(folder, alpha=4.0, targets="q_proj")
     assert setup.adapter_config(asked, "qalora") == QALoRA(rank=2, alpha=4.0, targets="q_proj")
+
+
+def test_files_may_be_named_by_paths() -> None:
+    names = {"model": "m.gguf", "data": "d.jsonl", "output": "runs/x", "adapter": "a", "eval_data": "e.jsonl"}
+    assert TrainConfig(**{key: Path(name) for key, name in names.items()}) == TrainConfig(**names)  # type: ignore[arg-type]

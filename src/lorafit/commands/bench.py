@@ -67,13 +67,14 @@ def bench_command(
             "decoding": f"{decoding:.1f} tokens/s" if decoding else "the model has no chat template",
         },
     )
-    methods = _measure_steps(base, model, batch_size, length, rounds, rate)
+    rank = speed.usual_rank(base.model)
+    methods = _measure_steps(base, model, rank, batch_size, length, rounds, rate)
     rows = [
         (name, m["step_seconds"], f"{m['tokens_per_second']:,.0f}", f"{m['share_of_limit']:.0%}")
         for name, m in methods.items()
     ]
     console.table(
-        f"Training steps of {batch_size} rows of {length} tokens, rank 16 on all linear layers",
+        f"Training steps of {batch_size} rows of {length} tokens, rank {rank} on all linear layers",
         ["method", "seconds", "tokens/s", "share of the limit"],
         rows,
     )
@@ -93,6 +94,7 @@ def bench_command(
             "batch_size": batch_size,
             "length": length,
             "rounds": rounds,
+            "rank": rank,
             "methods": methods,
             "peak_rss_bytes": peak,
         }
@@ -100,7 +102,7 @@ def bench_command(
 
 
 def _measure_steps(
-    base: Base, model: str, batch_size: int, length: int, rounds: int, rate: float
+    base: Base, model: str, rank: int, batch_size: int, length: int, rounds: int, rate: float
 ) -> dict[str, dict[str, Any]]:
     """Medians of training steps, by method: LoRA, and QA-LoRA where the base has block offsets."""
     import statistics
@@ -114,8 +116,8 @@ def _measure_steps(
     trainers: dict[Method, Trainer] = {}
     if default_method(base.model, None) == "qalora":
         compute: Compute = "fp32" if base.compute.itemsize == 4 else "bf16"
-        trainers["qalora"] = speed.make_trainer(load_base(model, compute=compute).model, "qalora")
-    trainers = {"lora": speed.make_trainer(base.model, "lora"), **trainers}
+        trainers["qalora"] = speed.make_trainer(load_base(model, compute=compute).model, "qalora", rank)
+    trainers = {"lora": speed.make_trainer(base.model, "lora", rank), **trainers}
     taken = list(speed.steps_in_turn(trainers, documents, rounds))
     methods = {}
     for name in trainers:

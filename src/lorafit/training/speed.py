@@ -23,11 +23,14 @@ from lorafit.data.chat import Document
 from lorafit.data.packing import split_passes
 from lorafit.data.readers import Message
 from lorafit.evaluation.generate import generate
+from lorafit.formats import PROMOTED, block_format
 from lorafit.modules import PackedLinear, attach
 from lorafit.modules.experts import ExpertStack
+from lorafit.modules.qalora import has_offsets
 from lorafit.objectives.sft import sft_loss
 from lorafit.training.loop import Step, Trainer
 
+_RANK = 16
 _SQUARE = 2048  # large enough for the highest rate, and three of them still fit a server's caches
 
 
@@ -112,10 +115,18 @@ def steps_in_turn(trainers: dict[Method, Trainer], rows: list[Document], rounds:
             yield taken
 
 
-def make_trainer(model: PreTrainedModel, method: Method) -> Trainer:
-    """Attach a fresh adapter of rank 16 to all linear layers of a base, with everything else as by default."""
+def usual_rank(model: PreTrainedModel) -> int:
+    """16, or as many blocks as the shortest row of a layer has where those are fewer, the most that QA-LoRA takes."""
+    head = model.get_output_embeddings()
+    packed = [module.packed for module in model.modules() if isinstance(module, PackedLinear) and module is not head]
+    trained = [(each.shape[1], PROMOTED.get(each.format_name, each.format_name)) for each in packed]
+    return min([_RANK, *(width // block_format(name).elements for width, name in trained if has_offsets(name))])
+
+
+def make_trainer(model: PreTrainedModel, method: Method, rank: int = _RANK) -> Trainer:
+    """Attach a fresh adapter to all linear layers of a base, with everything else as by default."""
     torch.manual_seed(0)
-    attach(model, QALoRA() if method == "qalora" else LoRA())
+    attach(model, QALoRA(rank=rank) if method == "qalora" else LoRA(rank=rank))
     return Trainer(model, sft_loss, TrainConfig("", "", learning_rate=1e-4, steps=10**6))
 
 
