@@ -9,7 +9,7 @@ from torch import nn
 
 from lorafit.modules import AdapterModule, LoRAExperts, WholeModule, adapter_modules
 from lorafit.modules.experts import ExpertStack
-from lorafit.modules.packed import is_linear
+from lorafit.modules.packed import is_embedding, is_linear
 
 
 def places(modules: dict[str, AdapterModule]) -> dict[str, str]:
@@ -32,7 +32,7 @@ def target_fields(model: nn.Module) -> dict[str, list[str]]:
     """What is adapted, in PEFT's configuration: short names where they say exactly that, full names otherwise."""
     wrapped = {n: module for n, module in adapter_modules(model).items() if not isinstance(module, WholeModule)}
     stacks = {name for name, module in wrapped.items() if isinstance(module, LoRAExperts)}
-    left = {name for name, module in model.named_modules() if is_linear(module)}
+    left = {name for name, module in model.named_modules() if is_linear(module) or is_embedding(module)}
     left_stacks = {name for name, module in model.named_modules() if isinstance(module, ExpertStack)}
     fields = {"target_modules": _shortened(wrapped.keys() - stacks, left, 1)}
     return fields | ({"target_parameters": _shortened(stacks, left_stacks, 2)} if stacks else {})

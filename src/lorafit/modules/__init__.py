@@ -6,6 +6,7 @@ from lorafit.modules.coverage import Coverage, Promotion
 from lorafit.modules.dora import DoRALinear
 from lorafit.modules.experts import DenseExperts, Experts, PackedExperts
 from lorafit.modules.lora import LoRALinear
+from lorafit.modules.lora_embedding import LoRAEmbedding
 from lorafit.modules.lora_experts import LoRAExperts
 from lorafit.modules.packed import PackedEmbedding, PackedLinear, PackedWeight
 from lorafit.modules.qalora import QALoRALinear
@@ -17,6 +18,7 @@ __all__ = [
     "DenseExperts",
     "DoRALinear",
     "Experts",
+    "LoRAEmbedding",
     "LoRAExperts",
     "LoRALinear",
     "PackedEmbedding",

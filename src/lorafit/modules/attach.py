@@ -16,6 +16,7 @@ from lorafit.modules.coverage import Coverage, Promotion
 from lorafit.modules.dora import DoRALinear
 from lorafit.modules.experts import Experts, ExpertStack, is_fused, unfused
 from lorafit.modules.lora import LoRALinear
+from lorafit.modules.lora_embedding import LoRAEmbedding
 from lorafit.modules.lora_experts import LoRAExperts
 from lorafit.modules.packed import PackedEmbedding, PackedLinear, PackedWeight, is_embedding, is_linear
 from lorafit.modules.qalora import QALoRALinear, has_offsets
@@ -47,11 +48,12 @@ def attach(model: nn.Module, config: AdapterConfig) -> Coverage:
     head = _output_head(model)
     stand_ins = {name: unfused(module) for name, module in model.named_modules() if name and is_fused(module)}
     layers = dict(_layers(model, stand_ins))
-    chosen = _choose(layers, config, head)
     embeddings = {name: layer for name, layer in model.named_modules() if is_embedding(layer)}
+    chosen = _choose(layers, embeddings, config, head)
+    layers |= {name: layer for name, layer in embeddings.items() if name in chosen}
     left = "output head (all-linear leaves it out)" if config.targets == "all-linear" else "not among the targets"
     frozen = {name: left for name in layers if name not in chosen}
-    frozen |= dict.fromkeys(embeddings, "embedding (not a linear layer)")
+    frozen |= dict.fromkeys(embeddings.keys() - layers.keys(), "embedding (not a linear layer)")
     others = _others(model, layers.keys() | embeddings.keys() | stand_ins.keys())
     frozen |= {name: _why_other(model, name) for name in others}
     unsuited = {name: reason for name in chosen if (reason := _why_unsuited(layers[name], config))}
@@ -113,6 +115,8 @@ def _wrap(layer: nn.Module, name: str, config: AdapterConfig, beside: bool) -> A
     own = config.at(name)
     if isinstance(layer, ExpertStack):
         return LoRAExperts(layer, own)
+    if is_embedding(layer):
+        return LoRAEmbedding(layer, own)
     return DoRALinear(layer, own) if own.dora else LoRALinear(layer, own)
 
 
@@ -162,15 +166,21 @@ def _output_head(model: nn.Module) -> nn.Module | None:
     return get_head() if get_head else None
 
 
-def _choose(layers: Mapping[str, nn.Module], config: AdapterConfig, head: nn.Module | None) -> list[str]:
+def _choose(
+    linear: Mapping[str, nn.Module],
+    embeddings: Mapping[str, nn.Module],
+    config: AdapterConfig,
+    head: nn.Module | None,
+) -> list[str]:
     """PEFT's rules: all-linear leaves out the head; names match a full name or its end; else a regular expression.
 
-    What is trained whole is no target.
+    Embeddings have to be named. What is trained whole is no target.
     """
+    layers = {**embeddings, **linear}
     targets, whole = config.targets, config.modules_to_save if isinstance(config, LoRA) else ()
     parts = [part.strip() for part in targets.split(",")]
     if targets == "all-linear":
-        matched = {targets: {name for name, layer in layers.items() if layer is not head}}
+        matched = {targets: {name for name, layer in linear.items() if layer is not head}}
     elif all(re.fullmatch(r"[\w.]+", part) for part in parts):
         matched = {part: {name for name in layers if f".{name}".endswith(f".{part}")} for part in parts}
     else:
@@ -193,6 +203,10 @@ def _why_unsuited(layer: nn.Module, config: AdapterConfig) -> str | None:
         if config.dora:
             return "experts (DoRA trains linear layers)"
         return "experts (dropout, which PEFT's adapters of experts lack)" if config.dropout else None
+    if is_embedding(layer):
+        if isinstance(config, QALoRA):
+            return "embedding (QA-LoRA trains linear layers)"
+        return "embedding (DoRA trains linear layers)" if config.dora else None
     if not isinstance(config, QALoRA):
         return None
     if not isinstance(layer, PackedLinear):

@@ -30,6 +30,9 @@ from lorafit.config import LoRA
 from lorafit.modules.adapter import AdapterModule
 from lorafit.modules.packed import frozen_weight
 
+# A row of zeros, which has no direction, is not divided by its length.
+_LEAST = 1e-20
+
 
 class DoRALinear(AdapterModule):
     """A frozen linear layer whose rows' directions and lengths are trained: [..., in_dim] -> [..., out_dim].
@@ -76,7 +79,7 @@ class DoRALinear(AdapterModule):
     @torch.no_grad()
     def merged_weight(self, base: Tensor) -> Tensor:
         direction = torch.addmm(base, self.lora_B, self.lora_A, alpha=self.scale)
-        return direction * (self.lora_magnitude_vector / direction.norm(dim=1)).unsqueeze(1)
+        return direction * (self.lora_magnitude_vector / direction.norm(dim=1).clamp(min=_LEAST)).unsqueeze(1)
 
     @torch.no_grad()
     def gain(self, dtype: torch.dtype) -> Tensor:
@@ -137,7 +140,7 @@ def _norms(weight: Tensor, a: Tensor, b: Tensor, squares: Tensor, scale: float) 
     """
     mixed = (weight @ a.T.to(weight.dtype)).to(b.dtype)
     squared = squares + 2 * scale * (mixed * b).sum(1) + scale**2 * (b * (b @ (a @ a.T))).sum(1)
-    return squared.clamp(min=0).sqrt()
+    return squared.clamp(min=0).sqrt().clamp(min=_LEAST)
 
 
 class _DoRAProduct(torch.autograd.Function):

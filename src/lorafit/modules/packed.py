@@ -191,6 +191,14 @@ class PackedEmbedding(nn.Module):
         return rows if self.scale == 1.0 else rows * torch.tensor(self.scale, dtype=self.dtype, device=rows.device)
 
 
+def embedding_rows(table: nn.Module, rows: Tensor) -> Tensor:
+    """Rows for a table of embeddings, packed or not, as the model gets them: in some families times a factor."""
+    if isinstance(table, PackedEmbedding):
+        return table.scaled(rows)
+    scale: Any = getattr(table, "embed_scale", None)  # Gemma's, in transformers
+    return rows if scale is None else rows * scale.to(rows.dtype)
+
+
 def frozen_weight(layer: nn.Module, dtype: torch.dtype) -> Tensor:
     """The weight [out_dim, in_dim] of a packed or ordinary linear layer; of a packed one, valid until the next call."""
     if isinstance(layer, PackedLinear):

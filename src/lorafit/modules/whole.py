@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from lorafit.errors import AdapterError
 from lorafit.modules.adapter import AdapterModule
-from lorafit.modules.packed import PackedEmbedding, PackedLinear, is_embedding
+from lorafit.modules.packed import PackedEmbedding, PackedLinear, embedding_rows, is_embedding
 
 
 class WholeModule(AdapterModule):
@@ -87,7 +87,7 @@ class TrainedCopy(WholeModule):
             bias = self.copies["bias"].to(x.dtype) if base.bias is not None else None
             return F.linear(x, self.copies["weight"].to(x.dtype), bias)
         if isinstance(base, PackedEmbedding):
-            return base.scaled(F.embedding(args[0], self.copies["weight"].to(base.dtype)))
+            return embedding_rows(base, F.embedding(args[0], self.copies["weight"].to(base.dtype)))
         values = {name: self.copies[name].to(parameter.dtype) for name, parameter in base.named_parameters()}
         return functional_call(base, values, args, named)
 
@@ -142,16 +142,11 @@ class TrainedTokens(WholeModule):
         if not is_embedding(self.base):
             return y.index_copy(-1, self._tokens(), F.linear(x, rows))
         places = self.places[x]
-        return torch.where((places >= 0).unsqueeze(-1), self._scaled(F.embedding(places.clamp(min=0), rows)), y)
+        taken = embedding_rows(self.base, F.embedding(places.clamp(min=0), rows))
+        return torch.where((places >= 0).unsqueeze(-1), taken, y)
 
     def _tokens(self) -> Tensor:
         return torch.tensor(self.indices, device=self.places.device)
-
-    def _scaled(self, rows: Tensor) -> Tensor:
-        if isinstance(self.base, PackedEmbedding):
-            return self.base.scaled(rows)
-        scale: Any = getattr(self.base, "embed_scale", None)  # Gemma's, in transformers
-        return rows if scale is None else rows * scale.to(rows.dtype)
 
 
 def dense_weight(layer: nn.Module) -> Tensor:
