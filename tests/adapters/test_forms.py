@@ -181,7 +181,8 @@ def both_ways(base: Path, dense: Callable[[], PreTrainedModel], settings: Mappin
     assert coverage.trainable_parameters == peft.num_parameters(only_trainable=True)
     same_gradients(model, peft)
     with adapters_disabled(model):
-        assert torch.equal(logits(model), before)
+        # Equal, but for experts, which are computed in another order once something may be attached to them.
+        torch.testing.assert_close(logits(model), before, rtol=0, atol=1e-5)
 
     # And back: PEFT computes the same from what lorafit saves, and lorafit reads what it wrote.
     save_adapter(model, tmp_path / "ours", record)

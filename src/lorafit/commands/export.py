@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from cyclopts import Parameter
 
-from lorafit.commands import export_gguf
+from lorafit.commands import export_gguf, export_peft
 from lorafit.commands.console import Console, readable_bytes
 from lorafit.commands.export_request import Certificate, ExportDtype, Request, check_free, naming_full_disks
 from lorafit.config import GGUFType, Requantize
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from lorafit.exporting.ollama import OllamaCertificate
     from lorafit.exporting.safetensors import ExportCertificate
 
-ExportFormat = Literal["safetensors", "gguf", "gguf-lora", "ollama"]
+ExportFormat = Literal["safetensors", "gguf", "gguf-lora", "peft", "ollama"]
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,8 @@ def export(
     Both appear whole, and only after what was written was compared with the model.
 
     Args:
-        model: A .gguf file, ``smollm2-135m``, or a directory; for gguf-lora, a run or the directory of an adapter; for
-            ollama, a run or a .gguf file.
+        model: A .gguf file, ``smollm2-135m``, or a directory; for gguf-lora and peft, a run or the directory of an
+            adapter; for ollama, a run or a .gguf file.
         output: The file or directory to write.
         format: Of the output.
         dtype: Type of the weights; fp32 (f32 in GGUF) if missing, which loses nothing.
@@ -286,6 +286,7 @@ _FORMATS: dict[str, _Format] = {
         {"dtype": ("fp32", "fp16", *get_args(GGUFType)), "eval_data": None, "certificate_tolerance": None},
     ),
     "gguf-lora": _Format(_write_gguf_lora, _show_gguf_lora, {"dtype": ("fp32", "fp16")}),
+    "peft": _Format(export_peft.write, export_peft.show, {}),
     "ollama": _Format(_write_ollama, _show_ollama, {"requantize": None}),
 }
 
@@ -307,11 +308,11 @@ def export_command(
 
     Args:
         model: A .gguf file, smollm2-135m, or a directory (for safetensors, one that bitsandbytes quantised); for
-            gguf-lora, a run or the directory of an adapter; for ollama, a run or a .gguf file.
+            gguf-lora and peft, a run or the directory of an adapter; for ollama, a run or a .gguf file.
         output: The file or directory to write; a certificate is written beside it as OUTPUT.certificate.json.
         format: Of the output: safetensors, a directory that transformers loads; gguf, a file for llama.cpp, Ollama and
-            lorafit itself; gguf-lora, an adapter for llama.cpp; ollama, a directory with a GGUF file, into which a run
-            is merged, and its Modelfile.
+            lorafit itself; gguf-lora, an adapter for llama.cpp; peft, an adapter for PEFT; ollama, a directory with a
+            GGUF file, into which a run is merged, and its Modelfile.
         dtype: Type of the weights; fp32 (f32) loses nothing, bf16 and fp16 (f16) take half the space. For gguf also
             block formats, and the mixes q4_k_m and q5_k_m. [default: fp32]
         requantize: For a run that is exported to ollama: as for merge.

@@ -142,7 +142,7 @@ def export_gguf_lora(
     }
     gguf_lora.write_gguf_lora(written, pieces, architecture, dtype, notes)
     found = gguf_lora.read_gguf_lora(written, pieces)
-    alpha, differs_by = gguf_lora.common_alpha(pieces), _differences(base, dtype)
+    alpha, differs_by = gguf_lora.common_alpha(pieces), differences(base, dtype)
     rows = source / HELD_OUT_FILE
     examples = read_examples(rows) if run and rows.is_file() else []
     documents = encode_all(examples, base.tokenizer)
@@ -194,7 +194,8 @@ def _size(path: Path) -> int:
     return sum(file.stat().st_size for file in files)
 
 
-def _differences(base: Base, dtype: str) -> list[str]:
+def differences(base: Base, dtype: str) -> list[str]:
+    """What lies between a trained model and its adapter as plain LoRA in a type beside the base's file."""
     found = [f"rounding of the adapter to {dtype}"] if dtype != "F32" else []
     offsets = [module for module in adapter_modules(base.model).values() if isinstance(module, QALoRALinear)]
     if offsets:
