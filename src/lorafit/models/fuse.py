@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from lorafit.kernels import step
 from lorafit.modules import attention, fused
+from lorafit.modules.packed import chooses_type
 from lorafit.modules.shared import apply_all
 
 # The activations that gated products have, by the name in a model's configuration.
@@ -73,6 +74,7 @@ class _Norm(nn.Module):
 class _GatedMLP(nn.Module):
     gate_activation: str
 
+    @chooses_type
     def forward(self, x: Tensor) -> Tensor:
         gate, up = apply_all([self.gate_proj, self.up_proj], x)  # type: ignore[list-item]
         if not step.serves(gate, gate.shape[-1]):

@@ -69,7 +69,7 @@ def model_from_gguf(file: GGUFFile, tokenizer: PreTrainedTokenizerBase, dtype: t
             _place(model, family, info, _blocks(file, info), dtype)
     _place_experts(model, family, file)
     if config.tie_word_embeddings:
-        model.lm_head = PackedLinear(model.model.embed_tokens.packed)
+        model.lm_head = PackedLinear(model.model.embed_tokens.packed, dtype=dtype)
     settle_rotary(model, where)
     on_meta = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
     assert not on_meta, f"left without data: {on_meta}"
@@ -130,7 +130,8 @@ def _place(model: PreTrainedModel, family: Family, info: TensorInfo, blocks: Ten
     owner_name, kind = name.rsplit(".", 1)
     owner = model.get_submodule(owner_name)
     if kind == "weight" and isinstance(owner, nn.Linear):
-        model.set_submodule(owner_name, PackedLinear(PackedWeight(blocks, info.format, rows=rows, name=info.name)))
+        packed = PackedWeight(blocks, info.format, rows=rows, name=info.name)
+        model.set_submodule(owner_name, PackedLinear(packed, dtype=dtype))
     elif isinstance(owner, nn.Embedding):
         scale = getattr(owner, "scalar_embed_scale", 1.0)  # Gemma's embedding has one
         packed = PackedWeight(blocks, info.format, rows=rows, name=info.name)

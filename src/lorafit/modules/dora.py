@@ -28,7 +28,7 @@ from torch.nn import functional as F
 
 from lorafit.config import LoRA
 from lorafit.modules.adapter import AdapterModule
-from lorafit.modules.packed import frozen_weight
+from lorafit.modules.packed import chooses_type, frozen_weight
 
 # A row of zeros, which has no direction, is not divided by its length.
 _LEAST = 1e-20
@@ -97,6 +97,7 @@ class DoRALinear(AdapterModule):
         self._kept = None
         return before
 
+    @chooses_type
     def forward(self, x: Tensor) -> Tensor:
         if not self.enabled:
             return self.base(x)

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lorafit import kernels
-from lorafit.modules.packed import FUSED_TOKENS, PackedWeight, scratch
+from lorafit.modules.packed import FUSED_TOKENS, PackedWeight, chooses_type, scratch
 from lorafit.modules.routing import Routing
 
 
@@ -61,6 +61,7 @@ class ExpertStack(nn.Module, ABC):
         """x·Wᵀ for the matrix of an expert, without a gradient: [n, in_dim] -> [n, out_dim]."""
         return x @ self.dense(expert, x.dtype).T
 
+    @chooses_type
     def forward(self, x: Tensor, routing: Routing) -> Tensor:
         if torch.is_grad_enabled() and x.requires_grad:
             return _FrozenExperts.apply(x, self, routing)

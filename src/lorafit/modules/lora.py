@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from lorafit.config import LoRA
 from lorafit.modules.adapter import AdapterModule
+from lorafit.modules.packed import chooses_type
 from lorafit.modules.product import Part, frozen_part, product
 
 
@@ -53,6 +54,7 @@ class LoRALinear(AdapterModule):
         """The layer as ``product`` takes it."""
         return replace(frozen_part(self.base), a=self.lora_A, b=self.lora_B, scale=self.scale)
 
+    @chooses_type
     def forward(self, x: Tensor) -> Tensor:
         if not self.enabled:
             return self.base(x)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from lorafit.config import LoRA
 from lorafit.modules.adapter import AdapterModule
 from lorafit.modules.experts import ExpertStack
+from lorafit.modules.packed import chooses_type
 from lorafit.modules.routing import Routing
 
 
@@ -64,6 +65,7 @@ class LoRAExperts(AdapterModule):
         """As ``merged_weight``, for the matrix of one expert, [out_dim, in_dim] float32."""
         return base + self.scale * (self.lora_B[expert].detach() @ self.lora_A[expert].detach())
 
+    @chooses_type
     def forward(self, x: Tensor, routing: Routing) -> Tensor:
         if not self.enabled:
             return self.base(x, routing)

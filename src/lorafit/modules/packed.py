@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import wraps
 from typing import Any
 
 import torch
@@ -37,6 +38,24 @@ def scratch(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, us
         with torch.inference_mode(False):
             buffer = buffers[use, dtype, device] = torch.empty(size, dtype=dtype, device=device)
     return buffer[:size].view(shape)
+
+
+def chooses_type(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Make a layer's forward pass work under torch.autocast, which knows nothing of products written by hand.
+
+    The input gets autocast's type, as it would in ``nn.Linear``; inside autocast is off, so that no product within
+    another one is of two types.
+    """
+
+    @wraps(forward)
+    def wrapped(self: nn.Module, x: Tensor, *rest: Any) -> Tensor:
+        device = x.device.type
+        if not torch.is_autocast_enabled(device):
+            return forward(self, x, *rest)
+        with torch.autocast(device, enabled=False):
+            return forward(self, x.to(torch.get_autocast_dtype(device)), *rest)
+
+    return wrapped
 
 
 class PackedWeight(nn.Module):
@@ -144,14 +163,27 @@ class _FrozenProduct(torch.autograd.Function):
 
 
 class PackedLinear(nn.Module):
-    """A frozen linear layer over packed blocks: [..., in_dim] -> [..., out_dim]."""
+    """A frozen linear layer over packed blocks: [..., in_dim] -> [..., out_dim].
 
-    def __init__(self, packed: PackedWeight, bias: Tensor | None = None) -> None:
+    Args:
+        packed: The matrix.
+        bias: [out_dim].
+        dtype: Type of ``weight``.
+    """
+
+    def __init__(self, packed: PackedWeight, bias: Tensor | None = None, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.packed = packed
+        self.dtype = dtype
         self.out_features, self.in_features = packed.shape
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
+    @property
+    def weight(self) -> Tensor:
+        """The matrix, unpacked anew for who asks for it: other people's losses multiply with the head themselves."""
+        return self.packed.dense(self.dtype).clone()
+
+    @chooses_type
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_grad_enabled() and x.requires_grad:
             y = _FrozenProduct.apply(x, self.packed)

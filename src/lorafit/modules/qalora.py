@@ -31,7 +31,7 @@ from lorafit.containers.mapped import release
 from lorafit.errors import AdapterError, FormatError
 from lorafit.formats import PROMOTED, block_format, promote, read_offsets
 from lorafit.modules.adapter import AdapterModule
-from lorafit.modules.packed import FUSED_TOKENS, PackedLinear, PackedWeight
+from lorafit.modules.packed import FUSED_TOKENS, PackedLinear, PackedWeight, chooses_type
 from lorafit.modules.product import Part, product
 
 T = TypeVar("T")
@@ -133,6 +133,7 @@ class QALoRALinear(AdapterModule):
             self.trained, self.base.bias, self.qalora_A, self.qalora_B, self.scale, self.merged_offsets(), self.group
         )
 
+    @chooses_type
     def forward(self, x: Tensor) -> Tensor:
         if not self.enabled:
             y = self.base(x)
