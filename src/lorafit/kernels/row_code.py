@@ -59,7 +59,7 @@ def _norm_backward(v: RowBuilder, row: ir.Value) -> None:
 
 def _silu(v: RowBuilder, x: ir.Value) -> tuple[ir.Value, ir.Value]:
     """x·σ(x) and its slope."""
-    sigmoid = v.fdiv(_ONE, v.fadd(_ONE, v.exp(v.fsub(_ZERO, x))))
+    sigmoid = v.inverse(v.fadd(_ONE, v.exp(v.fsub(_ZERO, x))))
     value = v.fmul(x, sigmoid)
     return value, v.fadd(sigmoid, v.fmul(value, v.fsub(_ONE, sigmoid)))
 
@@ -69,7 +69,7 @@ def _gelu(v: RowBuilder, x: ir.Value) -> tuple[ir.Value, ir.Value]:
     double, cubic = constant(F32, 2 * 0.7978845608028654), constant(F32, 0.044715)
     square = v.fmul(x, x)
     twice = v.fmul(double, v.fadd(x, v.fmul(cubic, v.fmul(square, x))))
-    sigmoid = v.fdiv(_ONE, v.fadd(_ONE, v.exp(v.fsub(_ZERO, twice))))
+    sigmoid = v.inverse(v.fadd(_ONE, v.exp(v.fsub(_ZERO, twice))))
     value = v.fmul(x, sigmoid)
     slope = v.fmul(double, v.fadd(_ONE, v.fmul(v.fmul(constant(F32, 3.0), cubic), square)))
     return value, v.fadd(sigmoid, v.fmul(v.fmul(value, v.fsub(_ONE, sigmoid)), slope))
@@ -238,16 +238,15 @@ def _softmax(v: RowBuilder, row: ir.Value) -> None:
 
     top = v.maximum(v.span(keys.first, keys.last, largest, lowest)[0])
 
-    def power(i: ir.Value) -> ir.Value:
-        return keys.seen(v.exp(v.fmul(v.fsub(v.get(scores, i), top), scale)), i, _ZERO)
-
     def add(i: ir.Value, sums: Values) -> Values:
-        return [v.fadd(sums[0], power(i))]
+        power = keys.seen(v.exp(v.fmul(v.fsub(v.get(scores, i), top), scale)), i, _ZERO)
+        v.keep(power, i)
+        return [v.fadd(sums[0], power)]
 
     share = v.fdiv(_ONE, v.sum(v.span(keys.first, keys.last, add, _ZERO)[0]))
 
     def finish(i: ir.Value, _: Values) -> Values:
-        v.put(v.fmul(power(i), share), scores, i)
+        v.put(v.fmul(v.kept(i), share), scores, i)
         return []
 
     v.span(keys.first, keys.last, finish)
@@ -320,5 +319,5 @@ CROSS_ENTROPY = RowOperation("cross_entropy", ("logits", "targets", "width", "to
 GROUP_SUMS = RowOperation("group_sums", ("x", "groups", "group", "sums"), _group_sums)
 PACK = RowOperation("pack_heads", _HEADS, _pack)
 UNPACK = RowOperation("unpack_heads", _HEADS, _unpack)
-SOFTMAX = RowOperation("softmax", ("scores", *_SCORES), _softmax)
+SOFTMAX = RowOperation("softmax", ("scores", *_SCORES), _softmax, room="keys")
 SOFTMAX_BACKWARD = RowOperation("softmax_backward", ("shares", "grads", *_SCORES), _softmax_backward)

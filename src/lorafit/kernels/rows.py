@@ -33,6 +33,20 @@ class RowBuilder(VectorBuilder):
 
     bfloat16: bool
     arguments: dict[str, ir.Value]
+    flags: tuple[str, ...]
+    room: ir.Value  # the address of working space in float32, if the operation asked for it
+
+    def fmul(self, lhs: ir.Value, rhs: ir.Value) -> ir.Value:
+        """A product."""
+        return super().fmul(lhs, rhs, flags=self.flags)
+
+    def fadd(self, lhs: ir.Value, rhs: ir.Value) -> ir.Value:
+        """A sum; one instruction may take it together with a product, unless the operation is exact."""
+        return super().fadd(lhs, rhs, flags=self.flags)
+
+    def fsub(self, lhs: ir.Value, rhs: ir.Value) -> ir.Value:
+        """A difference, likewise."""
+        return super().fsub(lhs, rhs, flags=self.flags)
 
     def __getitem__(self, name: str) -> ir.Value:
         """An argument that is an integer."""
@@ -56,9 +70,17 @@ class RowBuilder(VectorBuilder):
         return self.bitcast(bits, vector(F32))
 
     def put(self, values: ir.Value, place: ir.Value, vectors: ir.Value | int = 0) -> None:
-        """Round 16 values to the type of the tensors and store them."""
-        finished = self.to_bfloat16(values, tiny=True) if self.bfloat16 else values
+        """Round 16 values to the type of the tensors and store them; in bfloat16, below 2^-126 may become zero."""
+        finished = self.to_bfloat16(values, tiny=False) if self.bfloat16 else values
         self.write(finished, self._behind(place, vectors))
+
+    def keep(self, values: ir.Value, vectors: ir.Value) -> None:
+        """Store 16 values in the working space."""
+        self.write(values, self.at(self.room, self.mul(vectors, I64(4 * LANES))))
+
+    def kept(self, vectors: ir.Value) -> ir.Value:
+        """16 values of the working space."""
+        return self.read(vector(F32), self.at(self.room, self.mul(vectors, I64(4 * LANES))))
 
     def one(self, place: ir.Value) -> ir.Value:
         """One element as float32, in all lanes."""
@@ -69,7 +91,7 @@ class RowBuilder(VectorBuilder):
 
     def put_one(self, values: ir.Value, place: ir.Value) -> None:
         """Round the first lane to the type of the tensors and store it."""
-        finished = self.to_bfloat16(values, tiny=True) if self.bfloat16 else values
+        finished = self.to_bfloat16(values, tiny=False) if self.bfloat16 else values
         self.write(self.extract_element(finished, I32(0)), place)
 
     def _behind(self, place: ir.Value, vectors: ir.Value | int) -> ir.Value:
@@ -133,6 +155,10 @@ class RowBuilder(VectorBuilder):
         """The smaller of two in each lane; of a NaN and a number, the second."""
         return self.select(self.fcmp_ordered("<", one, other), one, other)
 
+    def inverse(self, values: ir.Value) -> ir.Value:
+        """1/x, off by 2e-7 of it, for x that are neither zero nor infinite."""
+        return self.fdiv(constant(F32, 1.0), values, flags=("arcp", "contract"))
+
     def nearest(self, values: ir.Value) -> ir.Value:
         """Rounded to whole numbers, ties to even."""
         return self._call("llvm.rint.v16f32", values)
@@ -167,10 +193,22 @@ class RowOperation:
         name: What it is called.
         arguments: Names of its arguments.
         body: Writes the code for one row; gets the builder and the row's number.
+        room: The argument that says how many floats of working space a row needs.
+        exact: Whether the results must be the same bits on every processor.
     """
 
-    def __init__(self, name: str, arguments: Sequence[str], body: Callable[[RowBuilder, ir.Value], None]) -> None:
+    def __init__(
+        self,
+        name: str,
+        arguments: Sequence[str],
+        body: Callable[[RowBuilder, ir.Value], None],
+        *,
+        room: str | None = None,
+        exact: bool = False,
+    ) -> None:
         self.name = name
+        self.exact = exact
+        self.room = room
         self.arguments = tuple(arguments)
         self.body = body
         self._code = cache(self._compile)
@@ -199,9 +237,12 @@ class RowOperation:
         entry, take, work, done = (function.append_basic_block(step) for step in ("entry", "take", "work", "done"))
         v = RowBuilder(entry)
         v.bfloat16 = bfloat16
+        v.flags = () if self.exact else ("contract",)
         task = function.args[0]
         count, chunk = v.read(I64, task, 8), v.read(I64, task, 16)
         v.arguments = {name: v.read(I64, task, 8 * place) for place, name in enumerate(self.arguments, 3)}
+        if self.room is not None:
+            v.room = v.inttoptr(v.ptrtoint(v.alloca(F32, size=v[self.room]), I64), POINTER)
         v.branch(take)
         v.position_at_end(take)
         first = v.atomic_rmw("add", task, chunk, "monotonic")

@@ -106,4 +106,5 @@ SEARCH = RowOperation(
     "search",
     ("weights", "importance", "groups", "largest", *(f"range_{trim}" for trim in TRIMS), "scale", "offset"),
     _search,
+    exact=True,
 )
