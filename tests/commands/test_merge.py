@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,9 +13,10 @@ import pytest
 
 from lorafit.cli import main
 from lorafit.commands.merge import merge
-from lorafit.config import LoRA
+from lorafit.config import LoRA, QALoRA
 from lorafit.errors import MergeError, OutputExistsError
 from tests.merging.runs import claim_to_be_a_part, write_run
+from tests.oracles.tiny_directory import write_tiny_directory
 from tests.oracles.tiny_gguf import write_tiny_llama
 
 
@@ -26,6 +28,11 @@ def run(model: str, tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module")
 def measured_run(model: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(write_run(tmp_path_factory.mktemp("runs") / "measured", Path(model)))
+
+
+@pytest.fixture(scope="module")
+def lora_run(model: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(write_run(tmp_path_factory.mktemp("runs") / "lora", Path(model), LoRA(rank=2), held_out=False))
 
 
 def names(folder: Path) -> set[str]:
@@ -166,14 +173,100 @@ def test_a_full_disk_leaves_nothing_behind(
     assert Path(model).read_bytes() == base
 
 
+@pytest.mark.parametrize("limit", [0.5, 5_000])  # within the weights, and within the tokenizer
+@pytest.mark.parametrize("older", [False, True])
+def test_a_full_disk_leaves_nothing_of_a_directory(
+    lora_run: str, model: str, tmp_path: Path, older: bool, limit: float
+) -> None:
+    resource = pytest.importorskip("resource", reason="no limit on the size of files to stand for a full disk")
+    output = tmp_path / "tuned"
+    merge(lora_run, str(output))
+    before = content(output) if older else {}
+    size = (output / "model.safetensors").stat().st_size
+    if not older:
+        shutil.rmtree(output)
+        Path(f"{output}.certificate.json").unlink()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    base = Path(model).read_bytes()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit * size) if limit < 1 else int(limit), hard))
+    try:
+        with pytest.raises(OSError, match="too large") as caught:
+            merge(lora_run, str(output), overwrite=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert caught.value.errno == errno.EFBIG
+    assert names(tmp_path) == ({"tuned", "tuned.certificate.json"} if older else set())
+    assert not older or content(output) == before
+    assert Path(model).read_bytes() == base
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_directories_that_are_not_ours_are_not_replaced(lora_run: str, tmp_path: Path) -> None:
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("years of work")
+    with pytest.raises(OutputExistsError, match=r"mine exists; .*--overwrite"):
+        merge(lora_run, str(mine))
+    with pytest.raises(OutputExistsError, match="mine is not what a merge wrote, so it is not replaced"):
+        merge(lora_run, str(mine), overwrite=True)
+    (tmp_path / "file").write_text("a file")
+    with pytest.raises(OutputExistsError, match="file is not what a merge wrote"):
+        merge(lora_run, str(tmp_path / "file"), overwrite=True)
+    (tmp_path / "new.certificate.json").mkdir()
+    with pytest.raises(OutputExistsError, match="is in the way"):
+        merge(lora_run, str(tmp_path / "new"), overwrite=True)
+    assert names(tmp_path) == {"mine", "file", "new.certificate.json"}
+    assert (mine / "thesis.txt").read_text() == "years of work"
+    (tmp_path / "empty").mkdir()
+    merge(lora_run, str(tmp_path / "empty"))
+    with pytest.raises(OutputExistsError, match=r"empty exists; .*--overwrite"):
+        merge(lora_run, str(tmp_path / "empty"))
+    merge(lora_run, str(tmp_path / "empty"), overwrite=True)
+
+
+def test_what_is_merged_is_never_the_output(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    write_tiny_directory(base)
+    first = write_run(tmp_path / "first", base, LoRA(rank=2), held_out=False)
+    merge(str(first), str(tmp_path / "merged"))
+    second = write_run(tmp_path / "second", tmp_path / "merged", LoRA(rank=2), held_out=False)
+    before = content(tmp_path / "merged")
+    with pytest.raises(MergeError, match=r"merged holds .*merged, which this merge reads"):
+        merge(str(second), str(tmp_path / "merged"), overwrite=True)
+    assert content(tmp_path / "merged") == before
+
+
+def test_a_directory_is_what_people_and_programs_are_told(
+    lora_run: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "tuned"
+    assert main(["merge", lora_run, str(output), "--dtype", "bf16", "--json"]) == 0
+    captured = capsys.readouterr()
+    document = json.loads(captured.out)
+    assert document == json.loads(Path(f"{output}.certificate.json").read_text())
+    assert document["files"] == {
+        "model.safetensors": hashlib.sha256((output / "model.safetensors").read_bytes()).hexdigest()
+    }
+    for text in (
+        f"bfloat16, weights off by {document['rounding']['relative']:.2%}",
+        "14 tensors, added in float32 to those of tiny.gguf",
+        "the one that was trained on",
+        "not measured: the run held no rows out",
+    ):
+        assert text in captured.err, text
+
+
 _KILLED = """
-import hashlib, json, os, random, signal, sys, time
+import hashlib, json, os, pathlib, random, signal, sys, time
 from lorafit import merging  # imported before the fork, which is safe as long as nothing was computed
 from lorafit.commands.merge import merge
 
-output, *runs = sys.argv[1:]
+output, weights, *runs = sys.argv[1:]
 random.seed(0)
-for _ in range(4):
+for _ in range(3):
     begun, begin = os.pipe()
     child = os.fork()
     if child == 0:
@@ -186,25 +279,40 @@ for _ in range(4):
     time.sleep(random.uniform(0.0, 0.2))  # some merges of a tiny model
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    with open(output, "rb") as file, open(output + ".certificate.json") as proof:
-        print(hashlib.sha256(file.read()).hexdigest(), json.load(proof)["merged"]["sha256"], flush=True)
+    written, proof = pathlib.Path(weights).read_bytes(), json.load(open(output + ".certificate.json"))
+    folder = sorted(os.listdir(output)) if os.path.isdir(output) else []
+    proved = list(proof["files"].values())[0] if folder else proof["merged"]["sha256"]
+    print(json.dumps([hashlib.sha256(written).hexdigest(), proved, folder]), flush=True)
 """
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_a_kill_at_any_moment_harms_nothing(run: str, model: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["tuned.gguf", "tuned"])
+def test_a_kill_at_any_moment_harms_nothing(model: str, tmp_path: Path, name: str) -> None:
     base = Path(model).read_bytes()
-    other = str(write_run(tmp_path / "other", Path(model), held_out=False, seed=2))
-    output = tmp_path / "out" / "tuned.gguf"
-    whole = [merge(source, str(output), overwrite=True).merged.sha256 for source in (other, run)]
+    config = QALoRA(rank=2) if name.endswith(".gguf") else LoRA(rank=2)
+    runs = [
+        str(write_run(tmp_path / f"run{seed}", Path(model), config, held_out=False, seed=seed)) for seed in range(2)
+    ]
+    output = tmp_path / "out" / name
+    weights = output if name.endswith(".gguf") else output / "model.safetensors"
+    whole = []
+    for run in runs:
+        merge(run, str(output), overwrite=True)
+        whole.append(hashlib.sha256(weights.read_bytes()).hexdigest())
+    complete = sorted(os.listdir(output)) if output.is_dir() else []
     assert len(set(whole)) == 2
-    command = [sys.executable, "-c", _KILLED, str(output), other, run]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    command = [sys.executable, "-c", _KILLED, str(output), str(weights), *runs]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert (ended.returncode, ended.stderr) == (0, "")
-    seen = ended.stdout.split()
-    assert len(seen) == 8
-    assert set(seen) <= set(whole), "neither an older file nor a whole new one"
+    seen = [json.loads(line) for line in ended.stdout.splitlines()]
+    assert len(seen) == 3
+    for written, proved, folder in seen:
+        assert {written, proved} <= set(whole), "neither an older one nor a whole new one"
+        assert folder == complete
     assert Path(model).read_bytes() == base
-    # A killed process cannot tidy up, but what it leaves is hidden and in nobody's way.
-    assert all(name.startswith(".") for name in names(output.parent) - {"tuned.gguf", "tuned.gguf.certificate.json"})
-    assert merge(run, str(output), overwrite=True).merged.sha256 == whole[1]
+    # A killed process cannot tidy up, but what it leaves is hidden, and the next merge removes it.
+    assert all(left.startswith(".") for left in names(output.parent) - {name, f"{name}.certificate.json"})
+    merge(runs[1], str(output), overwrite=True)
+    assert hashlib.sha256(weights.read_bytes()).hexdigest() == whole[1]
+    assert names(output.parent) == {name, f"{name}.certificate.json"}

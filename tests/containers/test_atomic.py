@@ -1,11 +1,16 @@
 """Files that appear whole or not at all; fingerprints against hashlib over everything at once."""
 
 import hashlib
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from lorafit.containers.atomic import fingerprint, replacing, write_text
+from lorafit.containers import atomic
+from lorafit.containers.atomic import fingerprint, replacing, replacing_directory, write_text
 from lorafit.errors import MissingFileError
 
 
@@ -54,6 +59,69 @@ def test_when_the_disk_takes_no_more_all_is_as_it_was(tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert target.read_text() == "old"
     assert names(tmp_path) == ["out.txt"]
+
+
+def left_by(process: int, target: Path) -> Path:
+    """What another process of this machine would have left beside ``target``."""
+    with replacing(target) as temporary:
+        temporary.write_bytes(b"")
+    target.unlink()
+    return temporary.with_name(temporary.name.replace(str(os.getpid()), str(process)))
+
+
+def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    for process, kept in ((ended.pid, False), (os.getppid(), True)):
+        left = left_by(process, target)
+        for again in (True, False):
+            if again:
+                left.mkdir()
+                (left / "half").write_bytes(b"half")
+                with replacing_directory(target) as temporary:
+                    (temporary / "whole").write_bytes(b"whole")
+            else:
+                left.write_bytes(b"half")
+                with replacing(target) as temporary:
+                    temporary.write_bytes(b"whole")
+            assert left.exists() == kept
+            for path in (left, target):
+                if path.is_dir():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink(missing_ok=True)
+    mine = left_by(os.getpid(), target)
+    mine.mkdir()
+    with replacing_directory(target) as temporary:
+        assert temporary == mine
+        (temporary / "whole").write_bytes(b"whole")
+    assert names(target) == ["whole"]
+
+
+@pytest.mark.parametrize("swaps", [True, False])
+def test_a_directory_takes_the_place_of_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, swaps: bool) -> None:
+    """Where the system can do that in one step, and where it cannot."""
+    if not swaps:
+        monkeypatch.setattr(atomic, "_SWAP", 1 << 20)  # a flag that no system knows
+    target = tmp_path / "out"
+    for content in ("old", "new"):
+        with replacing_directory(target) as temporary:
+            (temporary / content).write_text(content)
+            assert not target.exists() or names(target) == ["old"]
+    assert names(target) == ["new"]
+    assert names(tmp_path) == ["out"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="two names change places in one step there")
+def test_there_is_no_moment_without_a_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seen from the calls: the new one is never moved to a name that is free for a moment."""
+    target = tmp_path / "out"
+    target.mkdir()
+    monkeypatch.setattr(os, "replace", lambda *_: pytest.fail("one name is free until the other is moved"))
+    with replacing_directory(target) as temporary:
+        (temporary / "whole").write_bytes(b"")
+    assert names(target) == ["whole"]
 
 
 def test_text_is_written_as_utf_8(tmp_path: Path) -> None:

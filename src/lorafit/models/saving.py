@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,11 +69,14 @@ def save_directory(
             raise MergeError(f"{name} has weights that are too large for {short(dtype)}; choose --dtype fp32")
         return rounded
 
+    _save_settings(base, directory, dtype, notes)
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    metadata = {"format": "pt"} | {
-        key: json.dumps(note) for key, note in notes.items() if isinstance(note, dict | list)
-    }
-    files = write_safetensors(directory, shapes, dtype, values, metadata=metadata, shard_bytes=SHARD_BYTES)
+    texts = {key: json.dumps(note) for key, note in notes.items() if isinstance(note, dict | list)}
+    metadata = {"format": "pt", **texts}
+    return write_safetensors(directory, shapes, dtype, values, metadata=metadata, shard_bytes=SHARD_BYTES)
+
+
+def _save_settings(base: Base, directory: Path, dtype: torch.dtype, notes: Mapping[str, Any]) -> None:
     level = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity(logging.CRITICAL)
     try:
@@ -79,9 +84,14 @@ def save_directory(
         base.tokenizer.save_pretrained(directory)
         if base.model.generation_config is not None:
             base.model.generation_config.save_pretrained(directory)
+    except Exception as error:
+        # Of a full disk the tokenizer's own code says what the system said, but not in Python's way.
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if isinstance(error, OSError) or number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
     finally:
         transformers_logging.set_verbosity(level)
-    return files
 
 
 def compare_directory(directory: Path, tensors: Mapping[str, Unpacked], dtype: torch.dtype, output: str) -> Rounding:
