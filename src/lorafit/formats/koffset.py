@@ -43,7 +43,7 @@ class Shifted(NamedTuple):
         e: The same for the offsets, always finite.
         s: Integers of the sub-blocks, float32 [n, 8].
         t: The same for the offsets.
-        q: Integers of the weights, float32 [n, 8, 32].
+        q: Integers of the weights, uint8 [n, 8, 32].
     """
 
     d: Tensor
@@ -60,7 +60,7 @@ def shifted(weights: Tensor, largest: int) -> Shifted:
         weights: Finite, float32 [n, 256].
         largest: 15 or 31.
     """
-    low, high = weights.aminmax(dim=1)
+    low, high = weights.amin(1), weights.amax(1)
     too_large = (low <= -_TOP * BEYOND) | (high - low.clamp(max=0) >= _TOP * BEYOND * largest)
     w = in_columns(weights.masked_fill(too_large[:, None], 0), 8)
     positive = (low >= 0) & (low < high) & (high < _TOP * BEYOND)  # above, a scale reaches and an offset does not
@@ -76,7 +76,7 @@ def shifted(weights: Tensor, largest: int) -> Shifted:
     d, e = fit.of_block(s, t, d, e)
     d, s, _ = fit.scales(d)
     _, d, e, s, t, q = better(sub_blocks.rounded(fit, d, s, e), found)
-    return Shifted(d.masked_fill(too_large, torch.inf), e, s.T, t.T, q.permute(2, 1, 0))
+    return Shifted(d.masked_fill(too_large, torch.inf), e, s.T, t.T, q.to(torch.uint8).permute(2, 1, 0))
 
 
 class _Fit(NamedTuple):
@@ -139,7 +139,7 @@ class _SubBlocks:
         self.weights = weights
         self.positive = positive
         self.largest = largest
-        self.mean = added(weights) / _WEIGHTS
+        self.mean = added(weights.clone()) / _WEIGHTS
         self.centred = weights - self.mean
         self.variance = added(self.centred.square())
 
@@ -149,12 +149,11 @@ class _SubBlocks:
 
     def codes(self, offset: Tensor, one: Tensor) -> Tensor:
         """The nearest q, ``one`` being 1/a."""
-        return ((self.weights - offset) * one).round_().clamp_(0, self.largest)
+        return (self.weights - offset).mul_(one).round_().clamp_(0, self.largest)
 
     def search(self) -> _Fit:
         """The best of all grids."""
-        low, high = self.weights.aminmax(dim=0)
-        low = self.allowed(low)
+        low, high = self.allowed(self.weights.amin(0)), self.weights.amax(0)
         step = (high - low) / self.largest
         one = inverse(step)
         best: _Fit | None = None
@@ -166,7 +165,7 @@ class _SubBlocks:
 
     def fit(self, q: Tensor) -> _Fit:
         """The best factor and offset for given codes."""
-        total, squares, products = added(q), added(q * q), added(q * self.centred)
+        total, squares, products = q.sum(0), (q * q).sum(0), added(q * self.centred)
         mean = total / _WEIGHTS
         spread = squares - total * mean  # exact
         factor = torch.where(spread > 0, products / spread, 0)
@@ -211,7 +210,7 @@ class _SubBlocks:
         below = (wanted * inverse(e)).floor_().clamp_(0, _TOP)
         above = (below + 1).clamp_(max=_TOP)
         of_below, of_above = ((wanted - e * t).square_() for t in (below, above))
-        t = torch.where(of_above < of_below, above, below)
+        t = below + (of_above < of_below)
         costs = cost(a, fit.factor, fit.curvature, _WEIGHTS) + _WEIGHTS * of_below.minimum(of_above)
-        best = costs.argmin(0, keepdim=True)
+        best = costs.min(0, keepdim=True).indices
         return s.gather(0, best)[0], t.gather(0, best)[0]

@@ -116,8 +116,7 @@ def _unpack_q6_k(blocks: Tensor) -> Tensor:
 
 
 def _pack_q6_k(weights: Tensor) -> Tensor:
-    d, s, q = scaled(weights)
-    codes = (q + 32).to(torch.uint8)
+    d, s, codes = scaled(weights)
     return torch.cat(
         (
             _into_runs(codes & 15, 4, 64),
@@ -130,8 +129,7 @@ def _pack_q6_k(weights: Tensor) -> Tensor:
 
 
 def _pack_offset(weights: Tensor, bits: int) -> Tensor:
-    d, e, s, t, q = shifted(weights, 2**bits - 1)
-    codes = q.to(torch.uint8)
+    d, e, s, t, codes = shifted(weights, 2**bits - 1)
     numbers = [as_bytes(number.half().view(-1, 1)) for number in (d, e)]
     fifth = [] if bits == 4 else [_into_runs(codes >> 4, 1, 32)]
     scales = _pack_scales(s.to(torch.uint8), t.to(torch.uint8))
