@@ -18,10 +18,12 @@ from lorafit.commands.export import export
 from lorafit.config import AdapterConfig, LoRA, QALoRA
 from lorafit.containers.atomic import fingerprint
 from lorafit.containers.gguf import GGUFFile
+from lorafit.containers.gguf_new import NewTensor, Raw, write_gguf
 from lorafit.errors import ConfigError, MergeError, OutputExistsError
 from lorafit.models.load import load, load_base
 from tests.merging.runs import write_run
 from tests.models.test_families import IDS, VARIANTS, WINDOW, alone, cpp, furthest
+from tests.models.test_tokenizer import CHATS, NASTY
 from tests.oracles.family_gguf import KINDS, random_model, write_family
 from tests.oracles.llamacpp import LlamaCppOracle
 
@@ -265,6 +267,16 @@ def test_a_weight_that_is_too_large_is_refused_and_nothing_is_left(tmp_path: Pat
     assert names(tmp_path) == before
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_zero_keeps_its_sign(tmp_path: Path, family: str) -> None:
+    model = random_model(family)
+    model.get_parameter("model.layers.1.mlp.up_proj.weight").data[3] = -0.0
+    certificate: Any = export(str(save(tmp_path / "model", model)), str(tmp_path / "out.gguf"), format="gguf")
+    assert certificate.weights.bit_identical == certificate.weights.tensors
+    row = GGUFFile.open(tmp_path / "out.gguf").blocks("blk.1.ffn_up.weight")[3]
+    assert row.view(torch.int32).tolist() == [-(2**31)] * 64
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -311,3 +323,41 @@ def test_the_tokenizer_is_the_models(wide: Path, tmp_path: Path) -> None:
     for text in ("<|im_start|>user\nThe miller's 3 sons<|im_end|>\n", "Ångström, été"):
         assert oracle.tokenize(text, add_special=True, parse_special=True) == tokenizer(text).input_ids
     assert GGUFFile.open(tmp_path / "out.gguf").metadata["tokenizer.chat_template"] == tokenizer.chat_template
+
+
+@pytest.fixture(scope="module")
+def first_layers(smollm2_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The first two layers of the embedded model, with its tokenizer and all that it says of itself."""
+    file = GGUFFile.open(smollm2_path)
+    metadata = {key: Raw(file.raw_value(key)) for key in file.metadata} | {"llama.block_count": 2}
+    tensors = {
+        name: NewTensor(info.format, info.shape, lambda name=name: [file.blocks(name)])
+        for name, info in file.tensors.items()
+        if not name.startswith("blk.") or int(name.split(".")[1]) < 2
+    }
+    path = tmp_path_factory.mktemp("smollm2") / "first.gguf"
+    write_gguf(path, metadata, tensors)
+    return path
+
+
+@pytest.mark.parametrize("dtype", ["q4_1", "q8_0", "f16"])
+def test_smollm2_through_transformers_and_back(first_layers: Path, tmp_path: Path, dtype: Any) -> None:
+    export(str(first_layers), str(tmp_path / "folder"), format="safetensors")
+    certificate: Any = export(str(tmp_path / "folder"), str(tmp_path / "out.gguf"), format="gguf", dtype=dtype)
+    before, after = GGUFFile.open(first_layers), GGUFFile.open(tmp_path / "out.gguf")
+    for key, value in before.metadata.items():
+        if key not in ("general.file_type", "tokenizer.ggml.add_space_prefix"):
+            assert np.array_equal(after.metadata[key], value), key
+    one, other = LlamaCppOracle(first_layers), LlamaCppOracle(tmp_path / "out.gguf")
+    for text in (*NASTY, *CHATS):
+        expected = one.tokenize(text, add_special=True, parse_special=True)
+        assert other.tokenize(text, add_special=True, parse_special=True) == expected, ascii(text)
+    assert one.eog_ids() == other.eog_ids()
+    tokens = one.tokenize(CHATS[0], add_special=True, parse_special=True)
+    gap = torch.from_numpy(one.logits(tokens) - other.logits(tokens)).abs().mean()
+    # The search finds Q4_1 blocks again, all but to the last bit; F16 has the numbers of blocks to 11 bits.
+    assert gap < {"q4_1": 0.05, "q8_0": 0.2, "f16": 0.2}[dtype]
+    second = None if dtype == "f16" else "first.gguf (Q4_1, Q8_0)"
+    assert certificate.second_quantization == second
+    head = after.tensors["token_embd.weight"].format
+    assert head == {"q4_1": "Q8_0", "q8_0": "Q8_0", "f16": "F16"}[dtype], "rows of 576 weights are too short for Q6_K"

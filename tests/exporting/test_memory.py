@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from lorafit.commands.export import export
 from tests.oracles.memory import memory_of
 from tests.oracles.tiny_gguf import write_tiny_llama
 
@@ -27,3 +28,29 @@ def test_a_model_is_unpacked_tensor_by_tensor(tmp_path: Path) -> None:
     limit = mapped + 3 * 4 * 512 * 2048 + MARGIN
     assert limit < 0.7 * total, "a copy of the whole would be seen"
     assert grown <= limit
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a peak counts what is cached")
+def test_a_gguf_file_is_written_tensor_by_tensor(tmp_path: Path) -> None:
+    """From a directory, and that file from itself: not even what is mapped is in memory as a whole."""
+    for name, sizes in (("small", {}), ("large", {"hidden": 512, "intermediate": 2048, "layers": 8})):
+        write_tiny_llama(tmp_path / f"{name}.gguf", **sizes)
+        export(str(tmp_path / f"{name}.gguf"), str(tmp_path / name))
+
+    def both(name: str) -> str:
+        paths = [str(tmp_path / path) for path in (name, f"{name}-f32.gguf", f"{name}-q8.gguf")]
+        return (
+            f"export({paths[0]!r}, {paths[1]!r}, format='gguf')\n"
+            f"export({paths[1]!r}, {paths[2]!r}, format='gguf', dtype='q8_0')"
+        )
+
+    grown = memory_of(
+        both("large"),
+        before="from lorafit.commands.export import export\n"
+        "from lorafit.exporting import gguf_certificate\n"
+        "gguf_certificate.available = lambda: False  # llama.cpp has its own memory\n" + both("small"),
+    )
+    total = (tmp_path / "large-f32.gguf").stat().st_size
+    largest = 4 * 512 * 2048
+    assert 3 * largest + MARGIN < 0.3 * total, "a copy of the whole would be seen, and even a mapped one"
+    assert grown <= 3 * largest + MARGIN

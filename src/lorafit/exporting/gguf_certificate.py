@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -42,7 +42,7 @@ from lorafit.training.setup import fit_length
 NO_DATA = NotMeasured("no rows were given to measure on: export again with --eval-data FILE")
 _PASS_TOKENS = 2048
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_ROWS_WEIGHTS = 1 << 21
+_WEIGHTS_AT_ONCE = 1 << 19
 
 
 @dataclass(frozen=True)
@@ -170,17 +170,21 @@ def compare_weights(
     identical, errors = 0, {}
     for key, tensor in tensors.items():
         file_name = gguf_name(_joined(key), family) or ""
+        # Both may unpack into the same buffer.
         exact = tensor.values(torch.float32).clone()
         result = found[key].values(torch.float32)
-        if formats[file_name] in _DTYPES or file_name in kept:
-            shift = norm_shift(file_name, family)
-            # Gemma's norms have one added in the file, and lose what float32 cannot hold beside it.
-            expected = exact if file_name in kept else (exact + shift).to(_DTYPES[formats[file_name]]).float() - shift
-            if not torch.equal(_bits(result), _bits(expected)):
-                raise MergeError(f"{name} is not kept: {key} is not what the model has there; check the disk")
-            identical += 1
+        pairs = zip(result.split(_rows(result)), exact.split(_rows(exact)), strict=True)
+        if file_name in kept:
+            same = all(torch.equal(_bits(one), _bits(other)) for one, other in pairs)
+        elif formats[file_name] in _DTYPES:
+            shift, dtype = norm_shift(file_name, family), _DTYPES[formats[file_name]]
+            same = all(torch.equal(_bits(one), _bits(_rounded(other, dtype, shift))) for one, other in pairs)
         else:
-            errors[key] = _relative_error(result, exact)
+            errors[key] = _relative_error(pairs)
+            continue
+        if not same:
+            raise MergeError(f"{name} is not kept: {key} is not what the model has there; check the disk")
+        identical += 1
     return identical, errors
 
 
@@ -190,10 +194,19 @@ def _joined(name: str) -> str:
     return f"{before}.experts.{after.partition('.')[2]}" if dot else name
 
 
-def _relative_error(found: Tensor, exact: Tensor) -> float:
+def _rounded(values: Tensor, dtype: torch.dtype, shift: float) -> Tensor:
+    """Values once they were in a file, where Gemma's norms have one added and lose what has no place beside it."""
+    return (values + shift).to(dtype).float() - shift if shift else values.to(dtype).float()
+
+
+def _rows(values: Tensor) -> int:
+    """How many rows are compared at once."""
+    return max(_WEIGHTS_AT_ONCE // values.shape[-1], 1)
+
+
+def _relative_error(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
     error = size = 0.0
-    step = max(_ROWS_WEIGHTS // exact.shape[-1], 1)
-    for one, other in zip(found.split(step), exact.split(step), strict=True):
+    for one, other in pairs:
         error += float((one - other).double().square().sum())
         size += float(other.double().square().sum())
     return math.sqrt(error / size) if size else 0.0

@@ -24,7 +24,7 @@ from lorafit import __version__
 from lorafit.containers.atomic import fingerprint
 from lorafit.containers.gguf import GGUFFile
 from lorafit.models.base import Base
-from lorafit.models.directory import ORIGIN
+from lorafit.models.directory import ORIGIN, said_of_itself
 from lorafit.models.saving import compare_directory, save_directory, short
 from lorafit.models.unpacked import Unpacked, unpacked_tensors
 
@@ -91,6 +91,7 @@ def export_safetensors(
     tensors = unpacked_tensors(base.model)
     say(f"hashing {base.path}")
     origin = {"file": base.path.name, "sha256": fingerprint(base.path), "formats": _formats(base, tensors)}
+    origin["general"] = said_of_itself(base.path)
     say(f"writing {len(tensors)} tensors")
     files = save_directory(base, directory, tensors, dtype, {ORIGIN: origin})
     say("comparing what was written with the blocks")

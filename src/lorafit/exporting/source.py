@@ -22,6 +22,7 @@ from torch import Tensor
 from lorafit.adapters.peft import CONFIG_FILE
 from lorafit.containers.gguf import GGUFFile
 from lorafit.containers.gguf_new import Raw, Value
+from lorafit.containers.mapped import release
 from lorafit.errors import ModelError
 from lorafit.formats import dequantize
 from lorafit.merging.run import Run, detect
@@ -29,12 +30,13 @@ from lorafit.merging.weights import merged_tensors
 from lorafit.models import keymap
 from lorafit.models.base import Base
 from lorafit.models.configuration import metadata_of
+from lorafit.models.directory import ORIGIN
 from lorafit.models.families import Family
 from lorafit.models.load import load_base
 from lorafit.models.unpacked import Unpacked, unpacked_tensors
 from lorafit.models.vocabulary import vocabulary
 
-_PIECE_WEIGHTS = 1 << 21
+_PIECE_WEIGHTS = 1 << 19
 _PHI3 = re.compile("(phi)-?3", re.IGNORECASE)
 # What is said of a file that this one no longer is, or that the writer says itself.
 _NOT_PASSED_ON = re.compile(r"general\.(architecture|alignment|file_type|quantization_version)|split\.|quantize\.")
@@ -133,7 +135,9 @@ def _of_file(file: GGUFFile, name: str) -> SourceTensor:
     info = file.tensors[name]
 
     def blocks() -> Iterator[Tensor]:
-        yield from file.blocks(name).split(max(_PIECE_WEIGHTS // info.shape[-1], 1))
+        for piece in file.blocks(name).split(max(_PIECE_WEIGHTS // info.shape[-1], 1)):
+            yield piece
+            release(piece)
 
     def values() -> Iterator[Tensor]:
         for piece in blocks():
@@ -143,16 +147,17 @@ def _of_file(file: GGUFFile, name: str) -> SourceTensor:
 
 
 def _from_checkpoint(model: Model) -> Source:
-    base, name = model.base, model.base.path.resolve().name
+    base = model.base
     config: Any = base.model.config
+    general = _general(base)
+    name = str(general["general.name"])
     architecture, factors = metadata_of(config)
     words = vocabulary(base.tokenizer, config.vocab_size, str(base.path))
     # By this name llama.cpp knows that special tokens swallow white space; with other tokens it would not load.
     if words.swallows and not _PHI3.search(name):
-        name = f"Phi-3 {name}"
+        general["general.name"] = f"Phi-3 {name}"
     elif not words.swallows:
-        name = _PHI3.sub(r"\1 3", name)
-    general: dict[str, Value] = {"general.type": "model", "general.name": name, **_card(base)}
+        general["general.name"] = _PHI3.sub(r"\1 3", name)
     found = {key: _of_factors(values) for key, values in factors.items()} | _by_file_names(model.tensors, model)
     in_order = sorted(found, key=_place)
     size = {f"{architecture['general.architecture']}.vocab_size": config.vocab_size}
@@ -202,6 +207,19 @@ def _place(name: str) -> tuple[int, int, str]:
     return (0, 0, name) if name.startswith(("token_embd", "rope")) else (2, 0, name)
 
 
+def _general(base: Base) -> dict[str, Value]:
+    """What the file says of itself: what the file did that the directory was unpacked from, and the model card."""
+    found: dict[str, Value] = {"general.type": "model", "general.name": base.path.resolve().name}
+    origin = getattr(base.model.config, ORIGIN, None)
+    said = origin.get("general") if isinstance(origin, dict) else None
+    for key, value in (said if isinstance(said, dict) else {}).items():
+        if isinstance(value, str | bool | int | float) or (
+            isinstance(value, list) and all(isinstance(each, str) for each in value)
+        ):
+            found[f"general.{key}"] = value
+    return found | _card(base)
+
+
 def _card(base: Base) -> dict[str, Value]:
     """What a directory's model card says: the licence, the languages, and which model it comes from."""
     card = base.path / "README.md"
@@ -215,8 +233,6 @@ def _card(base: Base) -> dict[str, Value]:
     for key, name in (("license", "license"), ("license_name", "license.name"), ("license_link", "license.link")):
         if isinstance(said.get(key), str):
             found[f"general.{name}"] = said[key]
-    if "general.license" not in found and base.licence != "not stated":
-        found["general.license"] = base.licence
     languages = said.get("language")
     languages = [languages] if isinstance(languages, str) else languages
     if isinstance(languages, list) and all(isinstance(each, str) for each in languages):

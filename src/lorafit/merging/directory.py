@@ -30,7 +30,7 @@ from lorafit.merging.engine import NO_ROWS, NotMeasured
 from lorafit.merging.run import HeldOut, Run, check_loss, check_tolerance, detect
 from lorafit.merging.weights import merged_tensors
 from lorafit.models.base import Base
-from lorafit.models.directory import MERGED, ORIGIN, merges
+from lorafit.models.directory import MERGED, ORIGIN, merges, said_of_itself
 from lorafit.models.load import is_full_precision, load_base
 from lorafit.models.saving import Rounding, compare_directory, save_directory, short, squared_error
 from lorafit.models.unpacked import Unpacked, unpacked_tensors
@@ -289,6 +289,7 @@ def _notes(plan: DirectoryPlan, tensors_sha256: str) -> dict[str, Any]:
     formats = {name: tensor.format for name, tensor in plan.tensors.items() if _is_block(tensor.format)}
     if formats:  # who quantises these weights does it for the second time
         notes[ORIGIN] = {"file": target.path.name, "sha256": fingerprint(target.path), "formats": formats}
+        notes[ORIGIN]["general"] = said_of_itself(target.path)
     elif plan.original:
         notes[ORIGIN] = getattr(plan.original.model.config, ORIGIN, None)
     if "lm_head.weight" in plan.tensors:

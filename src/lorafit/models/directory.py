@@ -10,11 +10,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from lorafit.config import Quantize
+from lorafit.containers.gguf import GGUFFile
 from lorafit.containers.safetensors import SafetensorsDirectory
 from lorafit.containers.stamp import take_stamp
 from lorafit.errors import FormatError, ModelError
@@ -28,7 +30,8 @@ from lorafit.models.quantizing import Importance
 from lorafit.models.skeleton import empty_model
 from lorafit.models.streaming import fill_model
 
-# Where config.json says what an exported model was unpacked from: the file's name and hash, and each tensor's format.
+# Where config.json says what an exported model was unpacked from: the file's name and hash, each tensor's format, and
+# under "general" what the file says of itself.
 ORIGIN = "lorafit_origin"
 
 # Where config.json says which runs were merged into a model: a list of what ``lorafit.merging`` says of each.
@@ -136,6 +139,16 @@ def merges(path: Path) -> list[dict[str, str]]:
         return [{key: str(value) for key, value in merge.items()} for merge in found]
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return []
+
+
+def said_of_itself(path: Path) -> dict[str, Any]:
+    """What a GGUF file says in general: name, licence, authors and so on; nothing for a directory."""
+    if path.is_dir():
+        return {}
+    metadata = GGUFFile.open(path).metadata
+    said = {key.removeprefix("general."): value for key, value in metadata.items() if key.startswith("general.")}
+    of_the_file = ("architecture", "alignment", "file_type", "quantization_version")
+    return {key: value for key, value in said.items() if key not in of_the_file and not isinstance(value, np.ndarray)}
 
 
 def _is_bitsandbytes(settings: object) -> bool:

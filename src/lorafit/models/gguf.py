@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from lorafit.containers.gguf import GGUFFile, TensorInfo
+from lorafit.containers.mapped import release
 from lorafit.errors import ContainerError, ModelError
 from lorafit.formats import dequantize, finite
 from lorafit.models import keymap, rotary
@@ -89,6 +90,7 @@ def _blocks(file: GGUFFile, info: TensorInfo) -> Tensor:
     blocks = file.blocks(info.name)
     if not finite(blocks, info.format):
         raise ContainerError(f"{file.path}: {info.name!r} holds numbers that are not finite; fetch the file again")
+    release(blocks)
     return blocks
 
 

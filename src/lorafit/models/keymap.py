@@ -109,4 +109,5 @@ def to_file(hf_name: str, values: Tensor, family: Family, config: Any) -> tuple[
     rows = row_order(name, family, config)
     if rows is not None:
         values = torch.empty_like(values).index_copy_(0, rows, values)
-    return name, values + norm_shift(name, family) if family.norm_shift else values
+    shift = norm_shift(name, family)
+    return name, values + shift if shift else values  # adding zero would make 0 of -0
