@@ -9,15 +9,16 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+import lorafit
 from lorafit.commands.export import export
 from lorafit.config import AdapterConfig, LoRA, QALoRA
-from lorafit.errors import AdapterError, MergeError
+from lorafit.errors import AdapterError, ConfigError, MergeError
 from lorafit.exporting.beside import BesideLoss
 from lorafit.exporting.gguf_lora import pieces_of, write_gguf_lora
 from lorafit.merging.engine import Answers
 from lorafit.models.keymap import family_of_model
 from lorafit.models.load import load, load_base
-from lorafit.modules import LoRALinear, adapter_modules, attach
+from lorafit.modules import adapter_modules, attach
 from tests.merging.runs import write_run
 from tests.oracles.family_gguf import KINDS, random_model, write_family
 from tests.oracles.llamacpp import LlamaCppOracle
@@ -75,16 +76,17 @@ def test_every_scaling(scaling: str, alpha: float, tmp_path: Path) -> None:
     assert apart(logits(model), engine.logits(TOKENS)) < FLOAT_ERROR
 
 
-def test_ranks_and_alphas_that_differ_by_module(tmp_path: Path) -> None:
+@pytest.mark.parametrize("scaling", ["standard", "rslora"])
+def test_ranks_and_alphas_that_differ_by_module(scaling: str, tmp_path: Path) -> None:
     """One alpha serves the whole file, so what is missing has to go into B."""
     base = write_family(tmp_path / "base.gguf", "llama", random_model("llama"))
-    model = adapted(base, LoRA(rank=4, alpha=6.0))
-    for number, (name, module) in enumerate(adapter_modules(model).items()):
-        assert isinstance(module, LoRALinear)
-        other = LoRALinear(module.base, LoRA(rank=1 + number % 5, alpha=2.0 + number, scaling="rslora"))
-        for parameter in other.adapter_parameters().values():
-            parameter.data.normal_(std=0.15, generator=torch.Generator().manual_seed(number))
-        model.set_submodule(name, other)
+    patterns = {
+        "rank_pattern": {"q_proj": 2, "layers.1.mlp.up_proj": 7},
+        "alpha_pattern": {"q_proj": 9.0, "v_proj": 1.0},
+    }
+    model = adapted(base, LoRA(rank=4, alpha=6.0, scaling=scaling, **patterns))
+    ranks = {module.lora_factors()[0].shape[0] for module in adapter_modules(model).values()}
+    assert ranks == {2, 4, 7}
     engine = LlamaCppOracle(base, lora=write(model, tmp_path / "lora.gguf"))
     assert apart(logits(model), LlamaCppOracle(base).logits(TOKENS)) > 1.0
     assert apart(logits(model), engine.logits(TOKENS)) < FLOAT_ERROR
@@ -200,3 +202,27 @@ def test_an_untied_head_is_adapted(tmp_path: Path) -> None:
     engine = LlamaCppOracle(base, lora=write(model, tmp_path / "lora.gguf"))
     assert apart(logits(model), LlamaCppOracle(base).logits(TOKENS)) > 0.5
     assert apart(logits(model), engine.logits(TOKENS)) < FLOAT_ERROR
+
+
+@pytest.mark.parametrize("options", [{"dora": True}, {"modules_to_save": ("lm_head",)}, {"targets": "embed_tokens"}])
+def test_what_was_trained_otherwise_is_refused_by_name(options: dict[str, object], tmp_path: Path) -> None:
+    model, _ = load(write_family(tmp_path / "base.gguf", "llama", random_model("llama")))
+    lorafit.attach(model, LoRA(rank=2, alpha=4.0, **options))
+    model.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(AdapterError, match=r"use_dora|modules_to_save|embed_tokens has an adapter of the kind LoRAEmb"):
+        export(str(tmp_path / "adapter"), str(tmp_path / "lora.gguf"), format="gguf-lora")
+
+
+def test_a_loss_above_the_tolerance_is_refused(tmp_path: Path) -> None:
+    """QA-LoRA of a size at which the rounding of m' shows."""
+    base = write_tiny_llama(tmp_path / "base.gguf", format="Q4_1").path
+    run = write_run(tmp_path / "run", base, QALoRA(rank=2, alpha=4.0), size=0.1)
+    measured = export(str(run), str(tmp_path / "kept.gguf"), format="gguf-lora").held_out
+    apart_by = measured.file_loss - measured.run_loss
+    assert apart_by > 0, "these seeds show nothing"
+    with pytest.raises(MergeError, match=r"lora\.gguf is not kept: beside its base it has a held-out loss of"):
+        export(str(run), str(tmp_path / "lora.gguf"), format="gguf-lora", certificate_tolerance=apart_by / 2)
+    assert not (tmp_path / "lora.gguf").exists()
+    silent = write_run(tmp_path / "silent", base, LoRA(rank=2, alpha=4.0), held_out=False)
+    with pytest.raises(ConfigError, match="no held-out rows"):
+        export(str(silent), str(tmp_path / "lora.gguf"), format="gguf-lora", certificate_tolerance=0.1)

@@ -17,6 +17,7 @@ from lorafit.exporting.modelfile import go_template, modelfile, stops
 from tests.merging.runs import write_run
 from tests.oracles.go_template import render
 from tests.oracles.llamacpp import LlamaCppOracle
+from tests.oracles.tiny_directory import write_tiny_directory
 from tests.oracles.tiny_gguf import write_tiny_llama
 
 BOS, ENDINGS = "<s>", ["<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>", "</s>"]
@@ -181,8 +182,8 @@ def test_a_qalora_run_is_merged_exactly(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"base.gguf", "run", "out", "out.certificate.json"}
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"model.gguf", "Modelfile"}
     assert certificate.as_dict() == json.loads((tmp_path / "out.certificate.json").read_text())
-    assert certificate.merge["weights"]["bit_identical"] is True
-    assert certificate.merge["merged"]["sha256"] == certificate.model.sha256
+    assert certificate.weights["weights"]["bit_identical"] is True
+    assert certificate.weights["merged"]["sha256"] == certificate.model.sha256
     (start, weights), (kind, template), *rest = commands(tmp_path / "out" / "Modelfile")
     assert (start, weights, kind) == ("FROM", "./model.gguf", "TEMPLATE")
     assert rest == [("PARAMETER stop", "<|im_end|>"), ("PARAMETER stop", "<|im_start|>")]
@@ -195,10 +196,23 @@ def test_a_qalora_run_is_merged_exactly(tmp_path: Path) -> None:
 
 def test_a_lora_run_needs_requantize(tmp_path: Path) -> None:
     base = write_tiny_llama(tmp_path / "base.gguf").path
-    run = write_run(tmp_path / "run", base, LoRA(rank=2, alpha=4.0))
-    with pytest.raises(MergeError):
+    run = write_run(tmp_path / "run", base, LoRA(rank=2, alpha=4.0), size=0.05)
+    with pytest.raises(MergeError, match="--requantize"):
         export(str(run), str(tmp_path / "out"), format="ollama")
     assert {path.name for path in tmp_path.iterdir()} == {"base.gguf", "run"}
+    certificate = export(str(run), str(tmp_path / "out"), format="ollama", requantize="q8_0")
+    assert certificate.weights["requantized"]["exact"] is False
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"model.gguf", "Modelfile"}
+
+
+def test_a_directory_is_written_in_a_type(tmp_path: Path) -> None:
+    write_tiny_directory(tmp_path / "base")
+    certificate = export(str(tmp_path / "base"), str(tmp_path / "out"), format="ollama", dtype="q8_0")
+    assert certificate.weights["type"] == "q8_0"
+    assert {path.name for path in tmp_path.iterdir()} == {"base", "out", "out.certificate.json"}
+    names = [name for name, _ in commands(tmp_path / "out" / "Modelfile")]
+    assert names[:2] == ["FROM", "TEMPLATE"]
+    assert LlamaCppOracle(tmp_path / "out" / "model.gguf").logits([5, 9]).shape == (2, 320)
 
 
 def test_a_base_is_copied(smollm2_path: Path, tmp_path: Path) -> None:
@@ -209,7 +223,7 @@ def test_a_base_is_copied(smollm2_path: Path, tmp_path: Path) -> None:
     assert read["TEMPLATE"].startswith("{{ range $i, $_ := .Messages }}")
     assert read["SYSTEM"] == "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
     assert certificate.prompts.system == read["SYSTEM"]
-    assert (certificate.merge, certificate.prompts.differs_by) == (None, [])
+    assert (certificate.weights, certificate.prompts.differs_by) == (None, [])
     from lorafit.models.load import load
 
     messages = [{"role": "system", "content": read["SYSTEM"]}, {"role": "user", "content": "Hello!"}]
@@ -218,11 +232,10 @@ def test_a_base_is_copied(smollm2_path: Path, tmp_path: Path) -> None:
 
 def test_what_is_refused(tmp_path: Path) -> None:
     base = write_tiny_llama(tmp_path / "base.gguf").path
-    with pytest.raises(ConfigError, match="--requantize has no effect on"):
-        export(str(base), str(tmp_path / "out"), format="ollama", requantize="q8_0")
+    for options in ({"requantize": "q8_0"}, {"eval_data": "rows.jsonl"}, {"certificate_tolerance": 0.1}):
+        with pytest.raises(ConfigError, match="has no effect on"):
+            export(str(base), str(tmp_path / "out"), format="ollama", **options)
     (tmp_path / "mine").mkdir()
-    with pytest.raises(ConfigError, match="is no GGUF file and no run"):
-        export(str(tmp_path / "mine"), str(tmp_path / "out"), format="ollama")
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
     with pytest.raises(OutputExistsError, match="is not what an export wrote"):
         export(str(base), str(tmp_path / "mine"), format="ollama", overwrite=True)

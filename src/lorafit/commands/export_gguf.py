@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorafit.commands.console import readable_bytes
-from lorafit.commands.export_request import Request, check_free, naming_full_disks
+from lorafit.commands.export_request import Request, check_free, checked_tolerance, naming_full_disks
 from lorafit.errors import ConfigError, MergeError
 
 if TYPE_CHECKING:
@@ -26,9 +25,7 @@ def write(request: Request) -> GGUFCertificate:
     """
     if request.target.suffix.lower() != ".gguf":
         raise ConfigError(f"{request.output}: a GGUF file's name must end in .gguf")
-    tolerance = request.certificate_tolerance
-    if tolerance is not None and not 0 <= tolerance < math.inf:
-        raise ConfigError(f"--certificate-tolerance is {tolerance:g}, but must be at least 0")
+    tolerance = checked_tolerance(request)
 
     from lorafit.containers.gguf import GGUFFile
     from lorafit.errors import LorafitError

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import Any, Literal, Protocol
 
 from lorafit.commands.console import Console
 from lorafit.config import GGUFType, Requantize
-from lorafit.errors import OutputExistsError
+from lorafit.errors import ConfigError, OutputExistsError
 
 ExportDtype = Literal["fp32", "fp16", GGUFType]
 
@@ -79,6 +80,18 @@ def check_free(request: Request, *, directory: bool, mine: Callable[[Path], bool
         raise OutputExistsError(f"{proof} is in the way; choose another name")
     if target.exists() and not (directory and not any(target.iterdir())) and not mine(target):
         raise OutputExistsError(f"{target} is not what an export wrote, so it is not replaced; choose another name")
+
+
+def checked_tolerance(request: Request) -> float | None:
+    """The tolerance, if there is one.
+
+    Raises:
+        ConfigError: It is none.
+    """
+    tolerance = request.certificate_tolerance
+    if tolerance is not None and not 0 <= tolerance < math.inf:
+        raise ConfigError(f"--certificate-tolerance is {tolerance:g}, but must be at least 0")
+    return tolerance
 
 
 @contextmanager

@@ -27,12 +27,13 @@ from lorafit.containers.gguf_new import Value
 from lorafit.data.chat import Document, encode_all
 from lorafit.data.packing import split_passes
 from lorafit.data.readers import Example, read_examples
-from lorafit.errors import AdapterError
+from lorafit.errors import AdapterError, ConfigError, MergeError
 from lorafit.evaluation.llamacpp import available
 from lorafit.evaluation.loss import evaluate
 from lorafit.exporting import gguf_lora
 from lorafit.merging.certificate import FileRecord
 from lorafit.merging.engine import HELD_OUT_FILE, NO_ROWS, InLlamaCpp, NotMeasured, run_in_llamacpp
+from lorafit.merging.run import DEFAULT_TOLERANCE
 from lorafit.models.base import Base
 from lorafit.models.families import Family
 from lorafit.models.keymap import family_of_file, family_of_model
@@ -109,7 +110,13 @@ class BesideCertificate:
 
 
 def export_gguf_lora(
-    source: str | Path, written: Path, dtype: str, *, name: str, say: Callable[[str], None] = lambda text: None
+    source: str | Path,
+    written: Path,
+    dtype: str,
+    *,
+    name: str,
+    tolerance: float | None = None,
+    say: Callable[[str], None] = lambda text: None,
 ) -> BesideCertificate:
     """Write an adapter for llama.cpp and prove that it is the one that was trained.
 
@@ -118,9 +125,12 @@ def export_gguf_lora(
         written: The file to write; the caller makes it appear whole.
         dtype: F32 or F16.
         name: What the file will be called.
+        tolerance: By how much base and file may have a larger held-out loss than the run, in nats per token; 0.05 if
+            missing.
         say: Is told what is going on.
 
     Raises:
+        ConfigError: There are no held-out rows for ``tolerance``.
         AdapterError: llama.cpp cannot represent the adapter.
         MergeError: What was written is not what should have been, or llama.cpp cannot run it.
         LorafitError: The adapter or its base cannot be loaded.
@@ -148,7 +158,13 @@ def export_gguf_lora(
     documents = encode_all(examples, base.tokenizer)
     if config and examples:
         say(f"measuring run and file on {len(examples)} held-out rows")
+    elif tolerance is not None:
+        raise ConfigError(
+            f"--certificate-tolerance has no effect: {source} has no held-out rows to measure the loss on"
+        )
     held_out = _compare_losses(base, config, found, documents) if config and examples else NO_ROWS
+    if isinstance(held_out, BesideLoss):
+        _check_loss(held_out, DEFAULT_TOLERANCE if tolerance is None else tolerance, name)
     base.check_unchanged()
     return BesideCertificate(
         lorafit=__version__,
@@ -223,6 +239,14 @@ def _compare_losses(
     of_file = evaluate(base.model, batches)
     compute = str(base.compute).removeprefix("torch.")
     return BesideLoss(of_run.loss, of_file.loss, len(documents), of_run.tokens, compute)
+
+
+def _check_loss(measured: BesideLoss, tolerance: float, name: str) -> None:
+    if not measured.file_loss <= measured.run_loss + tolerance:
+        raise MergeError(
+            f"{name} is not kept: beside its base it has a held-out loss of {measured.file_loss:.4f}, the run one of "
+            f"{measured.run_loss:.4f}, which is more than --certificate-tolerance {tolerance:g} apart; merge the run"
+        )
 
 
 def _run_in_llamacpp(

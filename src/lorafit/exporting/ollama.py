@@ -52,14 +52,14 @@ class OllamaCertificate:
         source: Name of the run or model.
         model: The GGUF file in the directory.
         prompts: How Ollama writes prompts.
-        merge: The certificate of the merge; None for a model that is exported as it is.
+        weights: The certificate of the merge or the export that made the file; None for one that is the model's.
     """
 
     lorafit: str
     source: str
     model: FileRecord
     prompts: Prompts
-    merge: Mapping[str, Any] | None
+    weights: Mapping[str, Any] | None
 
     def as_dict(self) -> dict[str, Any]:
         """For programs."""
@@ -70,13 +70,13 @@ class OllamaCertificate:
         return json.dumps(self.as_dict(), indent=2, ensure_ascii=False) + "\n"
 
 
-def write_modelfile(directory: Path, source: str, merge: Mapping[str, Any] | None) -> OllamaCertificate:
+def write_modelfile(directory: Path, source: str, weights: Mapping[str, Any] | None) -> OllamaCertificate:
     """Write the Modelfile of the GGUF file that lies in a directory.
 
     Args:
         directory: The directory.
         source: Name of the run or model that was exported.
-        merge: The certificate of the merge, if there was one.
+        weights: The certificate of what made the file, if it was made.
 
     Raises:
         ModelError: The chat template cannot be written for Ollama, or there is none.
@@ -100,4 +100,4 @@ def write_modelfile(directory: Path, source: str, merge: Mapping[str, Any] | Non
         differs_by.append("the date of today, which the chat template writes; the Modelfile has that of the export")
     model = FileRecord(WEIGHTS, fingerprint(directory / WEIGHTS), (directory / WEIGHTS).stat().st_size)
     prompts = Prompts(found.default or "", stops(found, special), found.place != "nowhere", differs_by)
-    return OllamaCertificate(__version__, source, model, prompts, merge)
+    return OllamaCertificate(__version__, source, model, prompts, weights)
