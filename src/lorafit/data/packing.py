@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -42,6 +42,11 @@ class Batch:
     predictors: Tensor
     targets: Tensor
     sources: tuple[str, ...]
+
+    def to(self, device: torch.device) -> Batch:
+        """The same with its tensors on a device."""
+        moved = {name: getattr(self, name).to(device) for name in ("tokens", "positions", "predictors", "targets")}
+        return replace(self, **moved)
 
 
 def pack(documents: Sequence[Document]) -> Batch:

@@ -122,9 +122,10 @@ def attend_documents(
     for q, k, v in zip(*pieces, strict=True):
         length = q.shape[1]
         window = None if sliding_window is None or length <= sliding_window else sliding_window
-        if length <= _FOLDED_LENGTH:
+        plain = window is None and softcap is None
+        if length <= _FOLDED_LENGTH and not (plain and q.is_cuda):  # a GPU's fused kernel is fast on short ones too
             result = _attend_folded(q, k, v, scaling, window, softcap)
-        elif window is None and softcap is None:
+        elif plain:
             result = _attend_fused(q, k, v, scaling)
         else:
             result = _attend_in_pieces(q, k, v, scaling, window, softcap)

@@ -43,6 +43,7 @@ def sft_loss(model: PreTrainedModel, batch: Batch) -> Tensor:
 
     The sum and not the mean, so that a step of several passes divides by the number of all its targets.
     """
+    batch = batch.to(model.device)
     head = model.get_output_embeddings()
     trained = [parameter for parameter in head.parameters() if parameter.requires_grad]
     return _ChunkedLoss.apply(hidden_states(model, batch), batch.targets, partial(_logits, model), *trained)
@@ -51,6 +52,7 @@ def sft_loss(model: PreTrainedModel, batch: Batch) -> Tensor:
 @torch.no_grad()
 def score(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor]:
     """Per target: negative log-likelihood [N] float32, and whether the target was the most likely token [N] bool."""
+    batch = batch.to(model.device)
     losses, hits = [], []
     for hidden, targets in _chunks(hidden_states(model, batch), batch.targets):
         logits = _logits(model, hidden).float()
