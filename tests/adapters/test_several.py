@@ -139,6 +139,38 @@ def test_a_model_with_an_adapter_keeps_it_under_a_name(tiny: TinyLlama, folder: 
     assert torch.equal(logits(model), alone["wide"])
 
 
+def test_a_new_adapter_is_trained_beside_others(tiny: TinyLlama, folder: Path, alone: Any, tmp_path: Path) -> None:
+    adapters = filled(tiny, folder, "wide")
+    model: Any = adapters.model
+    adapters.use("wide")
+    coverage = adapters.add("new", LoRA(rank=2, targets="v_proj"))
+    assert torch.equal(logits(model), alone["wide"])
+    adapters.use("new")
+    assert torch.equal(logits(model), alone[None])
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert sum(map(torch.numel, trained)) == coverage.trainable_parameters
+    optimizer = torch.optim.SGD(trained, lr=0.1)
+    model(torch.tensor([[5, 6, 7]])).logits.square().sum().backward()
+    optimizer.step()
+    after = logits(model)
+    assert not torch.equal(after, alone[None])
+    model.save_pretrained(tmp_path)
+    adapters.use("wide")
+    assert torch.equal(logits(model), alone["wide"])
+    adapters.add("again", tmp_path)
+    adapters.use("again")
+    assert torch.equal(logits(model), after)
+
+
+def test_an_adapter_from_elsewhere_is_not_lost(tiny: TinyLlama, folder: Path) -> None:
+    adapters = filled(tiny, folder, "wide")
+    lorafit.attach(adapters.model, LoRA(rank=2))
+    for act in (lambda: adapters.use("wide"), lambda: adapters.add("thin", folder / "thin")):
+        with pytest.raises(AdapterError, match="attached or taken off elsewhere"):
+            act()
+    assert len(adapter_modules(adapters.model)) == 14
+
+
 def test_the_mode_follows_the_model(tiny: TinyLlama, folder: Path, alone: Any) -> None:
     adapters = filled(tiny, folder, "dropping", "qalora")
     adapters.model.train()

@@ -20,9 +20,9 @@ from lorafit.adapters.belonging import check_name
 from lorafit.adapters.combine import base_difference
 from lorafit.adapters.load import load_adapter
 from lorafit.adapters.peft import AdapterRecord, read_record
-from lorafit.adapters.pretrained import origin_of, record_of
+from lorafit.adapters.pretrained import attach, origin_of, record_of
 from lorafit.adapters.updates import adapter_directory
-from lorafit.config import LoRA
+from lorafit.config import AdapterConfig, LoRA
 from lorafit.errors import AdapterError, ConfigError
 from lorafit.modules import AdapterModule, Coverage, LoRALinear, adapter_modules, adapters_disabled
 from lorafit.modules.lora_rows import LoRARows
@@ -54,10 +54,9 @@ class Adapters:
     def __init__(self, model: nn.Module, name: str = "default") -> None:
         self.model = model
         self._named: dict[str, _Placed] = {}
-        self._active: str | None = None
+        self._now = _Placed({})
         if modules := adapter_modules(model):
-            self._named[name] = _Placed(modules, model.__dict__.get("save_pretrained"), name)
-            self._active = name
+            self._now = self._named[name] = _Placed(modules, model.__dict__.get("save_pretrained"), name)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -67,14 +66,15 @@ class Adapters:
     @property
     def active(self) -> str | None:
         """The name of the adapter in use; None for the base, and where rows have adapters of their own."""
-        return self._active
+        return self._now.name
 
-    def add(self, name: str, directory: str | Path) -> Coverage:
-        """Load an adapter beside the others; the one in use stays in use.
+    def add(self, name: str, source: str | Path | AdapterConfig) -> Coverage:
+        """Put an adapter beside the others; the one in use stays in use.
 
         Args:
             name: What to call it.
-            directory: Of an adapter that lorafit or PEFT wrote, or of a run.
+            source: Directory of an adapter that lorafit or PEFT wrote, or of a run; or the settings of a new one, which
+                is to be trained and starts as the base.
 
         Returns:
             What it covers.
@@ -88,16 +88,16 @@ class Adapters:
         """
         if name in self._named:
             raise AdapterError(f"there is an adapter {name!r} already; remove it, or choose another name")
-        directory = adapter_directory(directory)
-        self._check_base(read_record(directory), directory)
-        before = self._placed()
+        if isinstance(source, str | Path):
+            source = adapter_directory(source)
+            self._check_base(read_record(source), source)
+        before = self._current()
         self._place(_Placed({}))
         try:
-            _, coverage = load_adapter(self.model, directory)
-            loaded = _Placed(adapter_modules(self.model), self.model.__dict__.get("save_pretrained"), name)
+            coverage = load_adapter(self.model, source)[1] if isinstance(source, Path) else attach(self.model, source)
+            self._named[name] = _Placed(adapter_modules(self.model), self.model.__dict__.get("save_pretrained"), name)
         finally:
             self._place(before)
-        self._named[name] = loaded
         return coverage
 
     def use(self, name: str | None) -> None:
@@ -106,6 +106,7 @@ class Adapters:
         Raises:
             AdapterError: There is no adapter of this name.
         """
+        self._current()
         self._place(_Placed({}) if name is None else self._find(name))
 
     def remove(self, name: str) -> None:
@@ -115,14 +116,14 @@ class Adapters:
             AdapterError: There is no adapter of this name.
         """
         self._find(name)
-        if name == self._active:
+        if name == self.active:
             self.use(None)
         del self._named[name]
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
         """Inside, the model computes what the base computes; afterwards what it did before, whatever that was."""
-        before = self._placed()
+        before = self._current()
         try:
             with adapters_disabled(self.model):
                 yield
@@ -152,7 +153,7 @@ class Adapters:
             picked = [those.index(name) if name in those else None for name in names]
             adapters = [used[name][layer] for name in those]
             modules[layer] = LoRARows(adapters[0].base, adapters, picked)
-        before = self._placed()
+        before = self._current()
         self._place(_Placed(modules))
         try:
             yield
@@ -182,8 +183,14 @@ class Adapters:
             result[layer] = module
         return result
 
-    def _placed(self) -> _Placed:
-        return _Placed(adapter_modules(self.model), self.model.__dict__.get("save_pretrained"), self._active)
+    def _current(self) -> _Placed:
+        """What stands in the model, if it is what was put there from here."""
+        if adapter_modules(self.model) != self._now.modules:
+            raise AdapterError(
+                "the model has adapters that were attached or taken off elsewhere, and would be lost; to train a new "
+                "one beside others, add it by its settings"
+            )
+        return self._now
 
     def _place(self, placed: _Placed) -> None:
         """Put modules into the model in place of those that are there."""
@@ -197,7 +204,7 @@ class Adapters:
         self.model.__dict__.pop("save_pretrained", None)
         if placed.saves is not None:
             object.__setattr__(self.model, "save_pretrained", placed.saves)
-        self._active = placed.name
+        self._now = placed
 
     @cached_property
     def _base(self) -> AdapterRecord:
