@@ -247,8 +247,7 @@ class TrainConfig:
         alpha: The adapter is scaled by alpha/rank.
         scaling: ``standard`` is alpha/rank, ``rslora`` alpha/sqrt(rank), ``plain`` alpha. Not with --method qalora.
         dropout: Dropout on the adapter's input. Not with --method qalora.
-        dora: Train the length of each row of a weight beside its direction (DoRA), which takes about half as long
-            again. Not with --method qalora.
+        dora: Train the length of each row of a weight beside its direction (DoRA). Not with --method qalora.
         targets: Layers to adapt: ``all-linear``, or comma-separated names (q_proj,v_proj), or a regular expression.
         frozen_tensors: What becomes of targets that qalora cannot train, such as those in Q6_K, whose blocks have no
             offsets: ``frozen`` leaves them as they are, ``lora`` trains plain LoRA beside them, which merge can only

@@ -22,7 +22,12 @@ from tests.oracles.adapted import documents, fill
 from tests.oracles.tiny_gguf import write_tiny_llama
 
 DOCUMENTS = documents([30, 12, 25, 40, 9, 33, 18, 21, 14, 28])
-METHODS = [LoRA(rank=4), LoRA(rank=4, dropout=0.2), QALoRA(rank=4)]
+METHODS = [
+    LoRA(rank=4),
+    LoRA(rank=4, dropout=0.2),
+    LoRA(rank=4, dropout=0.2, dora=True, modules_to_save=["norm"], trainable_token_indices={"embed_tokens": [40, 41]}),
+    QALoRA(rank=4),
+]
 
 
 @pytest.fixture(scope="module")

@@ -98,7 +98,8 @@ def _introduce(run: Run, console: Console) -> None:
             "model": config.model,
             "weights": "; ".join(describe_base(run.size, base.quantize, base.kept, base.second_quantization)),
             "data": data,
-            "method": f"{config.method}, rank {config.rank}, learning rate {config.learning_rate:g}"
+            "method": f"{config.method}{' with DoRA' if config.dora else ''}, rank {config.rank}, "
+            f"learning rate {config.learning_rate:g}"
             + (f", from the adapter in {config.adapter}" if config.adapter else ""),
             "compute": str(run.base.compute).removeprefix("torch."),
             "memory": f"{run.memory.level}: {run.memory.reason}",

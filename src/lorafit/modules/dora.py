@@ -49,7 +49,7 @@ class DoRALinear(AdapterModule):
         self.scale = config.scale
         self.dropout = config.dropout
         weight = frozen_weight(base, torch.float32)
-        self.register_buffer("squares", weight.square().sum(1), persistent=False)
+        self.register_buffer("squares", weight.norm(dim=1).square(), persistent=False)
         self.lora_A = nn.Parameter(torch.empty(config.rank, self.in_features, device=weight.device))
         self.lora_B = nn.Parameter(torch.zeros(self.out_features, config.rank, device=weight.device))
         self.lora_magnitude_vector = nn.Parameter(self.squares.sqrt())

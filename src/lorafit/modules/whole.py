@@ -105,6 +105,7 @@ class TrainedTokens(WholeModule):
         AdapterError: There are no such tokens.
     """
 
+    tokens: Tensor
     places: Tensor
     rows: nn.Parameter
 
@@ -112,17 +113,17 @@ class TrainedTokens(WholeModule):
         super().__init__(base, name)
         self.indices = tuple(indices)
         self.tied = tied is not None
-        weight = dense_weight(base)
-        if len(set(indices)) < len(indices) or not indices or min(indices) < 0 or max(indices) >= len(weight):
+        count, device = _table(base)
+        if len(set(indices)) < len(indices) or not indices or min(indices) < 0 or max(indices) >= count:
             raise AdapterError(
-                f"the tokens of {name} that are to be trained must differ and lie between 0 and {len(weight) - 1}"
+                f"the tokens of {name} that are to be trained must differ and lie between 0 and {count - 1}"
             )
-        tokens = torch.tensor(self.indices, device=weight.device)
+        self.register_buffer("tokens", torch.tensor(self.indices, device=device), persistent=False)
         # Where the row of a token stands among the trained ones; -1 for all others.
-        places = torch.full((len(weight),), -1, device=weight.device)
-        places[tokens] = torch.arange(len(tokens), device=weight.device)
+        places = torch.full((count,), -1, device=device)
+        places[self.tokens] = torch.arange(len(indices), device=device)
         self.register_buffer("places", places, persistent=False)
-        self.rows = nn.Parameter(weight[tokens]) if tied is None else tied.rows
+        self.rows = nn.Parameter(_rows(base, self.tokens)) if tied is None else tied.rows
 
     @property
     def fate(self) -> str:
@@ -132,7 +133,7 @@ class TrainedTokens(WholeModule):
         return {} if self.tied else {"rows": self.rows}
 
     def merged_weight(self, base: Tensor) -> Tensor:
-        return base.index_copy(0, self._tokens(), self.rows.detach().to(base.dtype))
+        return base.index_copy(0, self.tokens, self.rows.detach().to(base.dtype))
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.base(x)
@@ -140,13 +141,10 @@ class TrainedTokens(WholeModule):
             return y
         rows = self.rows.to(y.dtype)
         if not is_embedding(self.base):
-            return y.index_copy(-1, self._tokens(), F.linear(x, rows))
+            return y.index_copy(-1, self.tokens, F.linear(x, rows))
         places = self.places[x]
         taken = embedding_rows(self.base, F.embedding(places.clamp(min=0), rows))
         return torch.where((places >= 0).unsqueeze(-1), taken, y)
-
-    def _tokens(self) -> Tensor:
-        return torch.tensor(self.indices, device=self.places.device)
 
 
 def dense_weight(layer: nn.Module) -> Tensor:
@@ -155,3 +153,19 @@ def dense_weight(layer: nn.Module) -> Tensor:
         return layer.packed.dense(torch.float32).clone()
     weight: Any = layer.weight
     return weight.detach().float().clone()
+
+
+def _table(layer: nn.Module) -> tuple[int, torch.device]:
+    """How many rows the weight of an embedding or a linear layer has, and where it is."""
+    if isinstance(layer, PackedLinear | PackedEmbedding):
+        return layer.packed.shape[0], layer.packed.blocks.device
+    weight: Any = layer.weight
+    return len(weight), weight.device
+
+
+def _rows(layer: nn.Module, tokens: Tensor) -> Tensor:
+    """Some rows of that weight, float32 [n, dim]."""
+    if isinstance(layer, PackedLinear | PackedEmbedding):
+        return layer.packed.take(tokens, torch.float32)
+    weight: Any = layer.weight
+    return weight.detach()[tokens].float()
