@@ -82,15 +82,16 @@ def read_targets(fields: Mapping[str, Any]) -> str:
     parameters = fields.get("target_parameters") or []
     if _is_all_linear(targets) and not parameters:
         return "all-linear"
-    conditions = _excluded(fields.get("exclude_modules") or [])
+    excluded = _excluded(fields.get("exclude_modules") or [])
     if not isinstance(targets, str):
         targets = sorted(targets)  # PEFT writes a set of them, in any order
-        conditions += _in_blocks(fields.get("layers_to_transform"), fields.get("layers_pattern") or [])
-        if not conditions and all(re.fullmatch(r"[\w.]+", name) for name in (*targets, *parameters)):
+        blocks = _in_blocks(fields.get("layers_to_transform"), fields.get("layers_pattern") or [])
+        if not (excluded or blocks) and all(re.fullmatch(r"[\w.]+", name) for name in (*targets, *parameters)):
             return ",".join([*targets, *parameters])
-        targets = _ends(targets)
-    alternatives = [f"{conditions}(?:{targets})", *([_ends(parameters)] if parameters else [])]
-    return "|".join(alternatives) if targets else alternatives[-1]
+        # A full name is meant whatever its block.
+        targets = "|".join([*map(re.escape, targets), f"{blocks}{_ends(targets)}"]) if targets else ""
+    alternatives = [f"{excluded}(?:{targets})"] if targets else []
+    return "|".join([*alternatives, *([_ends(parameters)] if parameters else [])])
 
 
 def _ends(names: Sequence[str]) -> str:
