@@ -5,6 +5,7 @@ lorafit differs from transformers by the order of additions, llama.cpp by that a
 """
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -267,6 +268,24 @@ def test_a_weight_that_is_too_large_is_refused_and_nothing_is_left(tmp_path: Pat
     assert names(tmp_path) == before
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no such limits")
+def test_a_full_disk_leaves_the_older_file_and_nothing_else(wide: Path, tmp_path: Path) -> None:
+    import resource
+
+    out = tmp_path / "out.gguf"
+    export(str(wide), str(out), format="gguf", dtype="q8_0")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before["out.gguf"]), limits[1]))
+    try:
+        with pytest.raises(OSError, match="too large") as caught:
+            export(str(wide), str(out), format="gguf", overwrite=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert caught.value.filename == str(out)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_zero_keeps_its_sign(tmp_path: Path, family: str) -> None:
     model = random_model(family)
@@ -340,10 +359,16 @@ def first_layers(smollm2_path: Path, tmp_path_factory: pytest.TempPathFactory) -
     return path
 
 
+@pytest.fixture(scope="module")
+def unpacked(first_layers: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("smollm2") / "unpacked"
+    export(str(first_layers), str(folder), format="safetensors")
+    return folder
+
+
 @pytest.mark.parametrize("dtype", ["q4_1", "q8_0", "f16"])
-def test_smollm2_through_transformers_and_back(first_layers: Path, tmp_path: Path, dtype: Any) -> None:
-    export(str(first_layers), str(tmp_path / "folder"), format="safetensors")
-    certificate: Any = export(str(tmp_path / "folder"), str(tmp_path / "out.gguf"), format="gguf", dtype=dtype)
+def test_smollm2_through_transformers_and_back(first_layers: Path, unpacked: Path, tmp_path: Path, dtype: Any) -> None:
+    certificate: Any = export(str(unpacked), str(tmp_path / "out.gguf"), format="gguf", dtype=dtype)
     before, after = GGUFFile.open(first_layers), GGUFFile.open(tmp_path / "out.gguf")
     for key, value in before.metadata.items():
         if key not in ("general.file_type", "tokenizer.ggml.add_space_prefix"):
