@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lorafit.adapters import AdapterRecord, load_adapter, read_record
@@ -14,6 +16,7 @@ from lorafit.adapters.belonging import check_base
 from lorafit.adapters.peft import CONFIG_FILE
 from lorafit.config import Compute, TrainConfig, read_settings
 from lorafit.containers.atomic import fingerprint
+from lorafit.containers.mapped import release
 from lorafit.data.chat import Document, encode_all
 from lorafit.data.packing import split_passes
 from lorafit.data.readers import Example, read_examples
@@ -23,6 +26,7 @@ from lorafit.merging.engine import HELD_OUT_FILE
 from lorafit.models.base import Base
 from lorafit.models.directory import merges
 from lorafit.models.load import load_base
+from lorafit.modules import PackedExperts, PackedLinear, PackedWeight, QALoRALinear
 from lorafit.training.setup import fit_length
 
 DEFAULT_TOLERANCE = 0.05  # nats per token of held-out loss
@@ -112,7 +116,26 @@ class HeldOutRows:
         context = model.config.max_position_embeddings
         limit = min(self.config.max_length or context, context)
         documents = fit_length(self.documents, limit, self.config.truncate)
-        return evaluate(model, split_passes(documents, self.config.pass_tokens))
+        with _pages_released(model):
+            return evaluate(model, split_passes(documents, self.config.pass_tokens))
+
+
+@contextmanager
+def _pages_released(model: nn.Module) -> Iterator[None]:
+    """Give the pages of a mapped weight back once it was used, so that no model takes memory as a whole."""
+
+    def after(module: nn.Module, *_: object) -> None:
+        for part in module.modules():
+            if isinstance(part, PackedWeight):
+                release(part.blocks)
+
+    kinds = PackedLinear, PackedExperts, QALoRALinear
+    handles = [part.register_forward_hook(after) for part in model.modules() if isinstance(part, kinds)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @dataclass(frozen=True)
