@@ -9,8 +9,9 @@ from peft import LoraConfig, get_peft_model
 
 import lorafit
 from lorafit.cli import main
-from lorafit.errors import AdapterError, ConfigError, LorafitWarning, MissingFileError
+from lorafit.errors import AdapterError, ConfigError, LorafitWarning, MissingFileError, ModelError
 from lorafit.modules import adapter_modules
+from tests.oracles.tiny_directory import write_tiny_directory
 from tests.oracles.tiny_gguf import TinyLlama, write_tiny_llama
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
@@ -77,3 +78,10 @@ def test_an_adapter_without_its_base_and_a_run_with_another_adapter(tiny: TinyLl
         lorafit.load(tmp_path)
     with pytest.raises(ConfigError, match="has an adapter of its own"):
         lorafit.load(tmp_path, adapter=tmp_path)
+
+
+def test_a_model_with_an_adapter_in_its_directory_is_not_guessed_at(tmp_path: Path) -> None:
+    write_tiny_directory(tmp_path)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ModelError, match=r"holds a model and an adapter .* of its own"):
+        lorafit.load(tmp_path)

@@ -15,6 +15,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from lorafit.adapters.peft import CONFIG_FILE
 from lorafit.config import Quantize
 from lorafit.containers.gguf import GGUFFile
 from lorafit.containers.safetensors import SafetensorsDirectory
@@ -107,6 +108,11 @@ def read_fields(path: Path) -> dict[str, Any]:
         raise ModelError(f"{path} is a run, but a base is wanted here; give the base")
     if not config_file.is_file():
         raise ModelError(f"{path} is neither a model nor a run: it has no config.json and no adapter/")
+    if (path / CONFIG_FILE).is_file():
+        raise ModelError(
+            f"{path} holds a model and an adapter ({CONFIG_FILE}); move the adapter to a directory of its own, and "
+            "give it by --adapter if it is meant"
+        )
     try:
         fields = json.loads(config_file.read_text(encoding="utf-8"))
     except ValueError:
