@@ -71,3 +71,27 @@ def test_a_model_is_not_written_over_itself(model: str, tmp_path: Path, capsys: 
     capsys.readouterr()
     assert "holds the model that is exported" in refused(capsys, str(inside), str(tmp_path / "out"), "--overwrite")
     assert inside.is_file()
+
+
+def test_a_gguf_file_says_what_became_of_the_weights(
+    model: str, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = str(tmp_path / "out.gguf")
+    words = ["export", model, output, "--format", "gguf", "--type"]
+    assert main([*words, "q5_1", "--eval-data", data, "--certificate-tolerance", "9"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "this quantises a second time what comes from tiny.gguf (Q4_1)" in said
+    assert "are the model's to the last bit" in said
+    assert "1 Q8_0 instead of Q6_K: their rows are no whole number of blocks" in said
+    assert "for the file (" in said
+    assert main([*words, "fp16", "--overwrite", "--json"]) == 0
+    captured = capsys.readouterr()
+    document = json.loads(captured.out)
+    assert document == json.loads(Path(f"{output}.certificate.json").read_text())
+    assert document["type"] == "f16"
+    assert "once, to f16; each of 20 tensors is exactly that" in " ".join(captured.err.split())
+    assert {path.name for path in tmp_path.iterdir()} == {"out.gguf", "out.gguf.certificate.json"}
+    assert main([*words, "q2_k"]) == 2
+    capsys.readouterr()
+    assert main(["export", model, str(tmp_path / "x"), "--format", "safetensors", "--eval-data", data]) == 2
+    assert "--eval-data has no effect on --format safetensors" in capsys.readouterr().err
