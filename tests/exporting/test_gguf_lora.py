@@ -7,12 +7,13 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import PreTrainedModel
 
 import lorafit
 from lorafit.commands.export import export
 from lorafit.config import AdapterConfig, LoRA, QALoRA
-from lorafit.errors import AdapterError, ConfigError, MergeError
+from lorafit.errors import AdapterError, ConfigError, MergeError, MissingFileError
 from lorafit.exporting.beside import BesideLoss
 from lorafit.exporting.gguf_lora import pieces_of, write_gguf_lora
 from lorafit.merging.engine import Answers
@@ -226,3 +227,25 @@ def test_a_loss_above_the_tolerance_is_refused(tmp_path: Path) -> None:
     silent = write_run(tmp_path / "silent", base, LoRA(rank=2, alpha=4.0), held_out=False)
     with pytest.raises(ConfigError, match="no held-out rows"):
         export(str(silent), str(tmp_path / "lora.gguf"), format="gguf-lora", certificate_tolerance=0.1)
+
+
+@pytest.mark.filterwarnings("ignore::lorafit.errors.LorafitWarning")
+def test_an_adapter_whose_base_is_somewhere_else(tmp_path: Path) -> None:
+    """As PEFT writes it: it names a model of a hub, which is here as a GGUF file."""
+    base = write_family(tmp_path / "base.gguf", "llama", random_model("llama"))
+    peft = get_peft_model(
+        random_model("llama"), LoraConfig(r=3, lora_alpha=5, use_rslora=True, target_modules="all-linear")
+    )
+    for name, parameter in peft.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.15, generator=torch.Generator().manual_seed(len(name)))
+    peft.peft_config["default"].base_model_name_or_path = "somebody/model"
+    peft.save_pretrained(tmp_path / "adapter")
+    output = tmp_path / "lora.gguf"
+    with pytest.raises(MissingFileError, match="somebody/model, which is not here; say where it is"):
+        export(str(tmp_path / "adapter"), str(output), format="gguf-lora")
+    export(str(base), str(output), format="gguf-lora", adapter=str(tmp_path / "adapter"))
+    assert apart(logits(peft), LlamaCppOracle(base).logits(TOKENS)) > 1.0
+    assert apart(logits(peft), LlamaCppOracle(base, lora=output).logits(TOKENS)) < FLOAT_ERROR
+    with pytest.raises(ConfigError, match="--adapter has no effect on --format gguf"):
+        export(str(base), str(tmp_path / "all.gguf"), format="gguf", adapter=str(tmp_path / "adapter"))

@@ -50,6 +50,7 @@ def export(
     requantize: Requantize | None = None,
     eval_data: str | None = None,
     certificate_tolerance: float | None = None,
+    adapter: str | None = None,
     overwrite: bool = False,
     console: Console | None = None,
 ) -> Certificate:
@@ -67,6 +68,7 @@ def export(
         eval_data: For gguf, and ollama with ``dtype``: rows to measure the loss on, of the model and of the file.
         certificate_tolerance: By how much the loss of what is written may be larger, in nats per token; 0.05 if
             missing.
+        adapter: For gguf-lora: the adapter, if ``model`` is its base and not the adapter itself.
         overwrite: Replace the output if an earlier export wrote it.
         console: Where to say what is going on; nowhere if missing.
 
@@ -80,7 +82,7 @@ def export(
         LorafitError: The model cannot be loaded.
     """
     console = console or Console(quiet=True)
-    request = Request(model, output, dtype, requantize, overwrite, console, eval_data, certificate_tolerance)
+    request = Request(model, output, dtype, requantize, overwrite, console, eval_data, certificate_tolerance, adapter)
     return _checked(format, request).write(request)
 
 
@@ -88,7 +90,7 @@ def _checked(name: str, request: Request) -> _Format:
     """The format, if it takes the options."""
     if name not in _FORMATS:
         raise ConfigError(f"export writes {', '.join(_FORMATS)}, not {name}")
-    for option in ("dtype", "requantize", "eval_data", "certificate_tolerance"):
+    for option in ("dtype", "requantize", "eval_data", "certificate_tolerance", "adapter"):
         value = getattr(request, option)
         if value is None:
             continue
@@ -160,7 +162,9 @@ _FORMATS: dict[str, _Format] = {
         {"dtype": ("fp32", "fp16", *get_args(GGUFType)), "eval_data": None, "certificate_tolerance": None},
     ),
     "gguf-lora": _Format(
-        export_gguf_lora.write, export_gguf_lora.show, {"dtype": ("fp32", "fp16"), "certificate_tolerance": None}
+        export_gguf_lora.write,
+        export_gguf_lora.show,
+        {"dtype": ("fp32", "fp16"), "certificate_tolerance": None, "adapter": None},
     ),
     "peft": _Format(export_peft.write, export_peft.show, {}),
     "ollama": _Format(
@@ -184,6 +188,7 @@ def export_command(
     requantize: Requantize | None = None,
     eval_data: str | None = None,
     certificate_tolerance: float | None = None,
+    adapter: str | None = None,
     overwrite: bool = False,
     json: bool = False,
 ) -> None:
@@ -203,11 +208,12 @@ def export_command(
             .jsonl file as for training.
         certificate_tolerance: By how much the loss of what is written may be larger than the model's, in nats per
             token, before it is refused. [default: 0.05]
+        adapter: For gguf-lora: an adapter whose base is MODEL, for one that does not say where its base is.
         overwrite: Replace the output if an earlier export wrote it.
         json: Print the certificate as one JSON document on stdout; the text goes to stderr.
     """
     console = Console(json=json)
-    request = Request(model, output, dtype, requantize, overwrite, console, eval_data, certificate_tolerance)
+    request = Request(model, output, dtype, requantize, overwrite, console, eval_data, certificate_tolerance, adapter)
     chosen = _checked(format, request)
     certificate = chosen.write(request)
     chosen.show(request, certificate)

@@ -16,11 +16,14 @@ if TYPE_CHECKING:
 
 def write(request: Request) -> BesideCertificate:
     """Write the file and its certificate."""
-    source, target = Path(request.model), request.target
+    source, target = Path(request.adapter or request.model), request.target
     if target.suffix.lower() != ".gguf":
         raise ConfigError(f"{request.output}: a GGUF-LoRA is one file, so the name must end in .gguf")
     if not any((place / "adapter_config.json").is_file() for place in (source, source / "adapter")):
-        raise ConfigError(f"{request.model} is no run or adapter, and --format gguf-lora writes the adapter of one")
+        raise ConfigError(
+            f"{source} is no run or adapter, and --format gguf-lora writes the adapter of one; give that, or its base "
+            "and --adapter DIRECTORY"
+        )
     tolerance = checked_tolerance(request)
 
     from lorafit.containers.gguf import GGUFFile
@@ -40,7 +43,13 @@ def write(request: Request) -> BesideCertificate:
     dtype = {"fp32": "F32", "fp16": "F16"}[request.dtype or "fp32"]
     with naming_full_disks(request), replacing(request.proof) as proof, replacing(target) as written:
         certificate = export_gguf_lora(
-            source, written, dtype, name=target.name, tolerance=tolerance, say=request.console.print
+            source,
+            written,
+            dtype,
+            base_model=request.model if request.adapter else None,
+            name=target.name,
+            tolerance=tolerance,
+            say=request.console.print,
         )
         proof.write_text(certificate.as_json(), encoding="utf-8")
     return certificate

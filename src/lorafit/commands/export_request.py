@@ -29,6 +29,7 @@ class Request:
         console: Where to say what is going on.
         eval_data: Rows to measure the loss on.
         certificate_tolerance: By how much that may be larger than the model's.
+        adapter: The adapter to export, if ``model`` is its base.
     """
 
     model: str
@@ -39,6 +40,7 @@ class Request:
     console: Console
     eval_data: str | None = None
     certificate_tolerance: float | None = None
+    adapter: str | None = None
 
     @property
     def target(self) -> Path:

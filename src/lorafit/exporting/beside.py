@@ -115,6 +115,7 @@ def export_gguf_lora(
     dtype: str,
     *,
     name: str,
+    base_model: str | None = None,
     tolerance: float | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> BesideCertificate:
@@ -125,6 +126,7 @@ def export_gguf_lora(
         written: The file to write; the caller makes it appear whole.
         dtype: F32 or F16.
         name: What the file will be called.
+        base_model: The base; by default where the adapter says.
         tolerance: By how much base and file may have a larger held-out loss than the run, in nats per token; 0.05 if
             missing.
         say: Is told what is going on.
@@ -139,7 +141,7 @@ def export_gguf_lora(
     run = source if (source / "adapter").is_dir() else None
     _check_kind((source / "adapter" if run else source) / CONFIG_FILE)
     config = TrainConfig(**read_settings(run / "config.yaml")) if run else None
-    base, record = load_adapted(source, compute=config.compute if config else "auto")
+    base, record = load_adapted(source, base_model, compute=config.compute if config else "auto")
     architecture, family = _family(base)
     pieces = gguf_lora.pieces_of(base.model, family)
     origin = FileRecord(base.path.name, record.base_sha256 or fingerprint(base.path), _size(base.path))
