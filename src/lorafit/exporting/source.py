@@ -73,7 +73,9 @@ def open_model(model: str | Path) -> Model:
     Raises:
         LorafitError: As for loading it.
     """
-    if not (Path(model) / "adapter").is_dir() and not (Path(model) / CONFIG_FILE).is_file():
+    path = Path(model)
+    is_adapter = (path / CONFIG_FILE).is_file() and not (path / "config.json").is_file()
+    if not is_adapter and not (path / "adapter").is_dir():
         base = load_base(model, compute="fp32", mapped=True)
         return Model(base, unpacked_tensors(base.model))
     run = detect(model)
