@@ -4,7 +4,7 @@ BIN := .venv/bin
 WANTED := $(shell cat pyproject.toml constraints.txt | cksum | cut -d ' ' -f 1)
 PEERS := $(shell cksum < benchmarks/peers/requirements.txt | cut -d ' ' -f 1)
 
-.PHONY: demo test check format bench install install-dev clean
+.PHONY: demo test check format bench merge-quality install install-dev clean
 .DEFAULT_GOAL := test
 
 demo: install
@@ -25,6 +25,10 @@ format: install-dev
 # Against TRL and PEFT, in an environment of their own. E2E names a file of rows to measure on besides long made-up ones.
 bench: install .venv-peers/installed-$(PEERS)
 	$(BIN)/python benchmarks/peers/run.py --peers-python .venv-peers/bin/python $(if $(E2E),--e2e $(E2E))
+
+# The table of docs/merge-quality.md; E2E names a folder with train.jsonl and test.jsonl.
+merge-quality: install-dev
+	$(BIN)/python benchmarks/merge_quality.py $(E2E) --page docs/merge-quality.md
 
 # A stamp is named after what was asked for, so that a checkout of another version installs anew and time stamps do not
 # matter. What only tests need (a gigabyte of it) is not asked of those who use lorafit.
