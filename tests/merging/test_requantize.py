@@ -56,6 +56,9 @@ def test_weights_are_the_rounded_sum(base: TinyLlama, run: Path, tmp_path: Path,
         wanted = gguf.quants.dequantize(old.data, old.tensor_type).astype(np.float64) + changed[name]
         error = np.abs(gguf.quants.dequantize(new.data, kind) - wanted)
         plain = np.abs(gguf.quants.dequantize(quantize(wanted.astype(np.float32), kind.name), kind) - wanted)
+        if kind == old.tensor_type:  # rounded at random: each to one of the two neighbours, with twice the error
+            assert (error**2).mean() <= 8 * (plain**2).mean()
+            continue
         # No worse than gguf-py or ggml, give or take sums that differ in float32 (1e-7 of weights below 1).
         assert (error**2).mean() <= (plain**2).mean() * 1.0001 + 1e-14
         assert np.abs(changed[name]).mean() > 0.005
@@ -96,9 +99,10 @@ def test_the_certificate_states_what_is_not_exact(base: TinyLlama, run: Path, tm
         assert certificate.weights.promoted == {"Q4_0 to Q4_1": 14 - len(FROZEN)}
         found[requantize] = rounded.relative_error, abs(held_out.merged_loss - held_out.run_loss)
     # Normal weights with the largest of 32 at 2 deviations: 4 bits step by a quarter of a deviation, and round by 7%;
-    # 8 bits by a sixteenth of that; float32 is off by what a sum in another order is.
+    # 8 bits by a sixteenth of that, and some times more where they are rounded at random; float32 is off by what a sum
+    # in another order is.
     assert 0.04 < found["q4_0"][0] < 0.12
-    assert 0.002 < found["q8_0"][0] < 0.008
+    assert 0.002 < found["q8_0"][0] < 0.016
     assert found["f32"][0] < 1e-6
     assert found["q4_0"][1] > found["q8_0"][1] > 0
     # In bfloat16, where the processor has it, a sum is rounded otherwise than its parts.

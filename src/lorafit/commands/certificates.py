@@ -29,8 +29,9 @@ def show_file(console: Console, certificate: Certificate) -> None:
     if weights.promoted:
         facts["promoted"] = f"as for training: {_counts(weights.promoted)}"
     if rounded is not None:
+        grid = f", {rounded.dithered} at random onto the grid that they had" if rounded.dithered else ""
         facts["not exact"] = (
-            f"{_counts(rounded.formats)}: update added, rounded anew; weights off by {rounded.relative_error:.2%}"
+            f"{_counts(rounded.formats)}: update added, rounded anew{grid}; weights off by {rounded.relative_error:.2%}"
         )
     base = f"the promoted {certificate.base.name}" if weights.promoted else certificate.base.name
     if weights.bit_identical:

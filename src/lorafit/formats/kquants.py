@@ -96,6 +96,23 @@ def integers_q5_k(blocks: Tensor) -> Tensor:
     return _in_runs(blocks[:, 48:], 4, 32, 8) | _in_runs(blocks[:, 16:48], 1, 32, 8) << 4
 
 
+def write_integers_q4_k(blocks: Tensor, q: Tensor) -> Tensor:
+    """The same blocks of Q4_K with other integers, uint8 [n, 256]."""
+    return torch.cat((blocks[:, :16], _into_runs(q.unflatten(1, (8, 32)), 4, 32)), dim=1)
+
+
+def write_integers_q5_k(blocks: Tensor, q: Tensor) -> Tensor:
+    """The same blocks of Q5_K with other integers, uint8 [n, 256]."""
+    q = q.unflatten(1, (8, 32))
+    return torch.cat((blocks[:, :16], _into_runs(q >> 4, 1, 32), _into_runs(q & 15, 4, 32)), dim=1)
+
+
+def write_integers_q6_k(blocks: Tensor, q: Tensor) -> Tensor:
+    """The same blocks of Q6_K with other integers, uint8 [n, 256]."""
+    q = q.unflatten(1, (16, 16))
+    return torch.cat((_into_runs(q & 15, 4, 64), _into_runs(q >> 4, 2, 32), blocks[:, 192:]), dim=1)
+
+
 def _unpack_offset(blocks: Tensor, q: Tensor) -> Tensor:
     s, t = scales_q4_k(blocks[:, 4:16])
     return (_scaled(half(blocks, 0), s) * q - _scaled(half(blocks, 2), t)).flatten(1)

@@ -47,6 +47,16 @@ def pack_integers(q: Tensor, bits: int) -> Tensor:
     return torch.cat((joined((q >> 4).unflatten(1, (4, 8)).transpose(1, 2), 1), low), dim=1)
 
 
+def write_integers(blocks: Tensor, q: Tensor, bits: int, at: int) -> Tensor:
+    """The same blocks with other integers, which begin at byte ``at``."""
+    return torch.cat((blocks[:, :at], pack_integers(q, bits)), dim=1)
+
+
+def write_integers_q8_0(blocks: Tensor, q: Tensor) -> Tensor:
+    """The same blocks of Q8_0 with other integers, those from -127 counted from 0."""
+    return torch.cat((blocks[:, :2], (q.to(torch.int16) - 127).to(torch.int8).view(torch.uint8)), dim=1)
+
+
 def _rounded(q: Tensor, largest: int) -> Tensor:
     """Cut to whole numbers of 0 to ``largest``.
 

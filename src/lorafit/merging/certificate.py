@@ -98,14 +98,15 @@ class Requantized:
         tensors: How many.
         formats: "FORMAT to FORMAT" -> how many of them went from one to the other.
         relative_error: How far rounding moved their weights: root mean square, relative to that of the weights.
-        searched: Whether the blocks with the least error were searched; otherwise weights were rounded one by one.
+        dithered: How many of them keep the grid of the base, onto which the update was rounded at random. Their error
+            is larger than it could be, but the update is not lost in it.
     """
 
     exact: bool
     tensors: int
     formats: dict[str, int]
     relative_error: float
-    searched: bool
+    dithered: int
 
 
 @dataclass(frozen=True)
@@ -220,7 +221,9 @@ def _measure_rounding(plan: Plan, merged: PreTrainedModel) -> Requantized | None
             moved, whole = squared_error(found(), wanted)
             error, size = error + moved, size + whole
     relative = math.sqrt(error / size) if size else 0.0
-    return Requantized(False, len(changes), _count_formats(changes), relative, plan.searched)
+    return Requantized(
+        False, len(changes), _count_formats(changes), relative, sum(change.dithered for change in changes)
+    )
 
 
 def _matrices(layer: torch.nn.Module) -> list[Callable[[], Tensor]]:

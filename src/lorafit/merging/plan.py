@@ -20,7 +20,7 @@ from lorafit.containers.gguf_writer import rewrite
 from lorafit.errors import MergeError
 from lorafit.formats import block_format
 from lorafit.merging.exact import OffsetChange, hold_stored
-from lorafit.merging.requantize import RoundedChange, packed_weights, rounded_changes
+from lorafit.merging.requantize import Packing, RoundedChange, packed_weights, rounded_changes
 from lorafit.merging.run import DEFAULT_TOLERANCE, Run, check_tolerance, detect
 from lorafit.models.base import Base
 from lorafit.modules import AdapterModule, PackedEmbedding, QALoRALinear, adapter_modules
@@ -40,7 +40,6 @@ class Plan:
         rounded_otherwise: Offsets that this machine, computing them anew from A and B, rounds to a neighbour.
         requantize: What tensors are rounded to that do not merge exactly; None if there are none.
         tolerance: By how much that may raise the held-out loss.
-        searched: Whether the blocks with the least error are searched for it.
     """
 
     run: Run
@@ -51,7 +50,6 @@ class Plan:
     rounded_otherwise: int
     requantize: Requantize | None = None
     tolerance: float = DEFAULT_TOLERANCE
-    searched: bool = True
 
 
 def plan(
@@ -59,7 +57,7 @@ def plan(
     *,
     requantize: Requantize | None = None,
     certificate_tolerance: float | None = None,
-    searched: bool = True,
+    packing: Packing = "best",
 ) -> Plan:
     """Detect what a run is, work out its merge and validate it; nothing is written.
 
@@ -67,8 +65,7 @@ def plan(
         run: Directory of a run.
         requantize: The format to which tensors are rounded that do not merge exactly; ``keep`` for the format of each.
         certificate_tolerance: By how much that may raise the held-out loss, in nats per token.
-        searched: Whether the blocks with the least error are searched; otherwise weights are rounded as the format's
-            maker does, for comparison.
+        packing: How sums are rounded; others than ``best`` are for comparison.
 
     Raises:
         MissingFileError: There is no such run, it is not complete, or its base has gone.
@@ -91,10 +88,10 @@ def plan(
         changes.append(_offset_change(name, module, file))
     if requantize is not None:
         for name, other in beside.items():
-            changes += rounded_changes(name, other, file.tensors, requantize, searched)
+            changes += rounded_changes(name, other, file.tensors, requantize, packing)
     changes.sort(key=lambda change: change.tensor.offset)
     sha256 = fingerprint(base.path)
-    return Plan(found, base, sha256, file, tuple(changes), rounded_otherwise, requantize, tolerance, searched)
+    return Plan(found, base, sha256, file, tuple(changes), rounded_otherwise, requantize, tolerance)
 
 
 def apply(plan: Plan, target: str | Path) -> None:

@@ -1,7 +1,9 @@
 """Merging what no block can take exactly: the update is added to the unpacked weight, and the sum rounded anew.
 
 This is what other tools do to every tensor. Here it is asked for by name, and what it costs is measured. The sum is
-formed in float32, of one matrix at a time, and packed some rows at a time as well as lorafit can (``kernels.search``).
+formed in float32, of one matrix at a time, and packed some rows at a time. A tensor that stays in its format keeps its
+grid, and the update is rounded onto that at random (``kernels.dither``): the least squared error would be that of
+forgetting the update. In another format the best blocks are searched (``kernels.search``).
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -20,9 +22,14 @@ from lorafit.containers.gguf import TensorInfo
 from lorafit.errors import FormatError, MergeError
 from lorafit.formats import block_format, quantize
 from lorafit.kernels import search
+from lorafit.kernels.dither import DITHERED, dither
 from lorafit.merging.exact import differing
 from lorafit.modules import AdapterModule, LoRAExperts, PackedEmbedding, PackedLinear, PackedWeight
 from lorafit.modules.experts import PackedExperts
+
+# ``best`` is what the module's docstring says; the others are for comparison: the least squared error always, and
+# rounding as the format's maker does it.
+Packing = Literal["best", "search", "rounding"]
 
 
 @dataclass(frozen=True)
@@ -35,7 +42,7 @@ class RoundedChange:
         format: The format that it gets.
         height: Rows of each of its matrices: an expert's, or all.
         matrix: Gives a matrix with the update, float32 [height, in_dim], rows as the file has them.
-        searched: Whether the best blocks are searched, or weights rounded as the format's maker does.
+        packing: How the sum is packed.
     """
 
     module: str
@@ -43,8 +50,13 @@ class RoundedChange:
     format: str
     height: int
     matrix: Callable[[int], Tensor]
-    searched: bool = True
+    packing: Packing = "best"
     _last: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    @property
+    def dithered(self) -> bool:
+        """Whether the tensor stays on its grid."""
+        return self.packing == "best" and self.format == self.tensor.format and self.format in DITHERED
 
     def convert(self, start: int, blocks: Tensor) -> Tensor:
         """Rows ``start`` and following as the merged file has them; whoever asks for rows asks for the last ones too.
@@ -61,7 +73,9 @@ class RoundedChange:
         if end * self.tensor.shape[-1] == math.prod(self.tensor.shape):
             self._last.clear()
         try:
-            return (search.quantize if self.searched else quantize)(weights, self.format).blocks
+            if self.dithered:
+                return dither(weights, blocks, self.format, start)
+            return (quantize if self.packing == "rounding" else search.quantize)(weights, self.format).blocks
         except FormatError as error:
             raise MergeError(f"{self.tensor.name}: {error}; choose another --requantize") from None
 
@@ -77,7 +91,7 @@ class RoundedChange:
 
 
 def rounded_changes(
-    name: str, module: AdapterModule, tensors: Mapping[str, TensorInfo], requantize: Requantize, searched: bool
+    name: str, module: AdapterModule, tensors: Mapping[str, TensorInfo], requantize: Requantize, packing: Packing
 ) -> list[RoundedChange]:
     """The changes of one layer: one for each of its tensors.
 
@@ -86,7 +100,7 @@ def rounded_changes(
         module: The layer.
         tensors: Name -> tensor in the file.
         requantize: The format to round to; ``keep`` for that of the tensor.
-        searched: Whether the best blocks are searched.
+        packing: How the sums are packed.
 
     Raises:
         MergeError: A tensor cannot be written in that format.
@@ -95,7 +109,7 @@ def rounded_changes(
     for packed in packed_weights(module):
         info, height = tensors[packed.name], packed.shape[0]
         matrix = partial(_in_file_order, module, slice(top, top + height), packed.rows)
-        changes.append(RoundedChange(name, info, _target(info, requantize), height, matrix, searched))
+        changes.append(RoundedChange(name, info, _target(info, requantize), height, matrix, packing))
         top += height
     return changes
 
