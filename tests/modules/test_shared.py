@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lorafit.config import LoRA, QALoRA
 from lorafit.modules import LoRALinear, PackedLinear, PackedWeight, QALoRALinear
-from lorafit.modules.shared import apply_all
+from lorafit.modules.shared import apply_all, lay_together
 from tests.oracles.adapted import fill
 
 IN = 96
@@ -184,3 +184,23 @@ def test_recomputing_changes_nothing(kind: str) -> None:
 
     plain, recomputed = (results(layers, apply, torch.float64) for apply in (apply_all, again))
     assert all(torch.equal(one, other) for one, other in zip(plain, recomputed, strict=True))
+
+
+def test_weights_that_lie_together_are_multiplied_where_they_are() -> None:
+    layers = [lora(dense(64, bias=True)), dense(32), lora(dense(16))]
+    x = torch.randn(2, 5, IN)
+    for each in layers:
+        if isinstance(each, LoRALinear):
+            nn.init.normal_(each.lora_B)
+    expected = apply_all(layers, x)
+    lay_together(layers)
+    found = apply_all(layers, x)
+    # The same numbers multiplied; not the same blocks of memory.
+    for one, other in zip(expected, found, strict=True):
+        torch.testing.assert_close(one, other)
+    frozen = [layer.base.weight if isinstance(layer, LoRALinear) else layer.weight for layer in layers]
+    assert len({weight.untyped_storage().data_ptr() for weight in frozen}) == 1  # type: ignore[union-attr, operator]
+    with torch.no_grad():
+        frozen[1].mul_(2)  # type: ignore[operator]
+    # What is computed with are these weights and no copy of them.
+    torch.testing.assert_close(apply_all(layers, x)[1], 2 * expected[1])

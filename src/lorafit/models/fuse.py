@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from lorafit.kernels import step
 from lorafit.modules import attention, fused
 from lorafit.modules.packed import chooses_type
-from lorafit.modules.shared import apply_all
+from lorafit.modules.shared import apply_all, lay_together
 
 # The activations that gated products have, by the name in a model's configuration.
 _ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu"}
@@ -40,6 +40,13 @@ def fuse(model: PreTrainedModel) -> PreTrainedModel:
             continue
         model.set_submodule(name, replaced)
     return model
+
+
+def lay_weights_together(model: PreTrainedModel) -> None:
+    """Spare a training loop the copies of dense weights that are multiplied as one."""
+    for module in model.modules():
+        if isinstance(module, _Attention | _GatedMLP):
+            lay_together([module.get_submodule(name) for name in module.side_by_side])
 
 
 def _softcap(module: nn.Module) -> Any:
@@ -73,16 +80,19 @@ class _Norm(nn.Module):
 
 class _GatedMLP(nn.Module):
     gate_activation: str
+    side_by_side = ("gate_proj", "up_proj")
 
     @chooses_type
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = apply_all([self.gate_proj, self.up_proj], x)  # type: ignore[list-item]
+        gate, up = apply_all([self.get_submodule(name) for name in self.side_by_side], x)
         if not step.serves(gate, gate.shape[-1]):
             return self.down_proj(self.act_fn(gate) * up)  # type: ignore[operator]
         return self.down_proj(fused.gated(gate, up, self.gate_activation))  # type: ignore[operator]
 
 
 class _Attention(nn.Module):
+    side_by_side = ("q_proj", "k_proj", "v_proj")
+
     def forward(self, hidden_states: Tensor, position_embeddings: Any = None, *rest: Any, **named: Any) -> Any:
         lengths = named.get("document_lengths")
         dim: Any = self.head_dim
@@ -91,7 +101,7 @@ class _Attention(nn.Module):
         half = dim // 2 if angles is None else angles[0].shape[-1] // 2
         if lengths is None or not step.serves(hidden_states, dim, half):
             return super().forward(hidden_states, position_embeddings, *rest, **named)
-        layers = [self.get_submodule(f"{name}_proj") for name in "qkv"]
+        layers = [self.get_submodule(name) for name in self.side_by_side]
         q, k, v = (each[0] for each in apply_all(layers, hidden_states))
         if hasattr(self, "q_norm"):
             q, k = _normed(self.q_norm, q), _normed(self.k_norm, k)

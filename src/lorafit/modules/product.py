@@ -91,8 +91,9 @@ class _Stack:
 
     def weight(self, tensors: Sequence[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
         """The weights below one another, [all out_dim, in_dim]; valid until the next one is unpacked."""
-        if len(self.weights) == 1 and isinstance(self.weights[0], Tensor):
-            return self.weights[0].to(dtype)
+        dense = [weight for weight in self.weights if isinstance(weight, Tensor)]
+        if len(dense) == len(self.weights) and _lie_below_one_another(dense):
+            return dense[0].as_strided(self.shape, (self.shape[1], 1)).to(dtype)
         out = scratch(self.shape, dtype, device)
         for weight, columns, offsets in zip(self.weights, self.columns, tensors[::3], strict=True):
             if isinstance(weight, PackedWeight):
@@ -191,6 +192,17 @@ def _side_by_side(parts: Sequence[Tensor]) -> Tensor:
             return torch.cat(list(parts), 1)
         place += part.shape[1] * part.itemsize
     return first.as_strided((len(first), width), (width, 1))
+
+
+def _lie_below_one_another(parts: Sequence[Tensor]) -> bool:
+    """Whether [rows, width] are rows of one tensor already, in this order; one that is contiguous is."""
+    place = parts[0].data_ptr()
+    for part in parts:
+        same = part.untyped_storage().data_ptr() == parts[0].untyped_storage().data_ptr()
+        if not same or part.data_ptr() != place or not part.is_contiguous():
+            return False
+        place += part.nbytes
+    return True
 
 
 def _group_sums(x: Tensor, group: int) -> Tensor:

@@ -25,6 +25,7 @@ from lorafit.data.chat import Document
 from lorafit.data.packing import Batch, group_passes, split_passes
 from lorafit.data.schedule import Schedule
 from lorafit.models.attention import document_attention
+from lorafit.models.fuse import lay_weights_together
 from lorafit.training import optim, proof
 from lorafit.training.allocator import keep_freed_memory
 from lorafit.training.memory import keep_activations
@@ -70,6 +71,7 @@ class Trainer:
         self.model = model
         self.loss = loss
         self.config = config
+        lay_weights_together(model)
         keep_activations(model, "high" if config.memory == "auto" else config.memory)
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.optimizer = optim.make_optimizer(self.parameters, config.weight_decay)
