@@ -25,6 +25,7 @@ def test_the_tensor_in_the_file_leaves_memory(tmp_path: Path) -> None:
     x = torch.ones(8, WIDTH)
     with torch.no_grad():
         base(x)  # so that code that is compiled or loaded first does not count
+        assert int(blocks.sum()) == 0
         full = resident()
         module = QALoRALinear(base, QALoRA(rank=1))
         # Other mappings may come and go, but not by the megabytes that this tensor has.
@@ -37,3 +38,20 @@ def test_the_tensor_in_the_file_leaves_memory(tmp_path: Path) -> None:
         assert resident() - without < 0.3 * size
         assert int(blocks.sum()) == 0
         assert resident() - without > 0.7 * size
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_training_gives_back_what_it_has_unpacked(tmp_path: Path) -> None:
+    size = ROWS * WIDTH // 32 * 20
+    np.zeros(size, np.uint8).tofile(tmp_path / "blocks")
+    with (tmp_path / "blocks").open("rb") as file:
+        blocks = torch.frombuffer(map_file(file), dtype=torch.uint8).view(ROWS, -1)
+    base = PackedLinear(PackedWeight(blocks, "Q4_1"))
+    adapted = QALoRALinear(base, QALoRA(rank=1))
+    x = torch.ones(8, WIDTH, requires_grad=True)
+    for module in (base, adapted):
+        module(x).sum().backward()  # so that code that is compiled or loaded first does not count
+        assert int(blocks.sum()) == 0
+        full = resident()
+        module(x).sum().backward()
+        assert full - resident() > 0.7 * size

@@ -3,7 +3,8 @@
 The blocks are used as they lie in the mapped file. A forward or backward pass unpacks one weight into a scratch
 buffer in the compute dtype, multiplies, and moves on, so that a whole model costs its packed size plus one unpacked
 layer. Nothing of the unpacked weight is kept for the backward pass: unpacking twice is cheaper than holding every
-layer in memory.
+layer in memory. Even the packed pages of a mapped file are given back while training: the system still has them, and
+where it is short of memory it may take them.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from lorafit import kernels
+from lorafit.containers.mapped import release
 from lorafit.formats import block_format
 
 # A weight is read once by the fused kernel, and re-read for every token; unpacking pays from about this many tokens on.
@@ -110,6 +112,7 @@ class PackedWeight(nn.Module):
         together = max(1, PIECE // width)
         if height <= together:
             yield slice(0, height), self.dense(dtype)
+            release(self.blocks)
             return
         device = self.blocks.device
         order = torch.arange(height, device=device) if self.rows is None else self.rows
@@ -118,6 +121,7 @@ class PackedWeight(nn.Module):
             out = scratch((len(rows), width), dtype, device)
             kernels.dequantize(self.blocks, self.format_name, dtype, rows=rows, constants=self.constants, out=out)
             yield slice(start, start + len(rows)), out
+            release(self.blocks if self.rows is not None else self.blocks[start : start + together])
 
     def take(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
         """Some rows of the matrix: int64 [n] -> [n, in_dim]."""
@@ -133,6 +137,7 @@ class PackedWeight(nn.Module):
             )
         elif offsets is not None:
             result = flat @ self.dense(x.dtype, offsets).T
+            release(self.blocks)
         else:
             result = flat.new_empty(flat.shape[0], self.shape[0])
             for rows, weights in self.pieces(x.dtype):

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lorafit.containers.mapped import release
 from lorafit.kernels import step
 from lorafit.modules.packed import PackedLinear, PackedWeight, scratch
 
@@ -98,6 +99,7 @@ class _Stack:
         for weight, columns, offsets in zip(self.weights, self.columns, tensors[::3], strict=True):
             if isinstance(weight, PackedWeight):
                 weight.dense(dtype, offsets, out=out[columns])
+                release(weight.blocks)
             else:
                 out[columns] = weight
         return out

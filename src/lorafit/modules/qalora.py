@@ -31,7 +31,7 @@ from lorafit.containers.mapped import release
 from lorafit.errors import AdapterError, FormatError
 from lorafit.formats import PROMOTED, block_format, promote, read_offsets
 from lorafit.modules.adapter import AdapterModule
-from lorafit.modules.packed import FUSED_TOKENS, PackedLinear, PackedWeight, chooses_type
+from lorafit.modules.packed import PackedLinear, PackedWeight, chooses_type
 from lorafit.modules.product import Part, product
 
 T = TypeVar("T")
@@ -136,11 +136,7 @@ class QALoRALinear(AdapterModule):
     @chooses_type
     def forward(self, x: Tensor) -> Tensor:
         if not self.enabled:
-            y = self.base(x)
-            # A few tokens are a step of decoding, and the next one will read the same pages.
-            if self.promoted is not None and x.numel() > FUSED_TOKENS * self.in_features:
-                release(self.base.packed.blocks)
-            return y
+            return self.base(x)
         if torch.is_grad_enabled():
             return product(x, [self.part()])[0]
         y = self.trained.product(x, self.merged_offsets())
