@@ -127,6 +127,20 @@ def test_diff_is_that_of_the_matrices(folder: Path, capsys: pytest.CaptureFixtur
     assert "Settings that differ" in capsys.readouterr().out
 
 
+def test_diff_names_the_settings_that_one_method_lacks(
+    tiny: TinyLlama, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, config in (("lora", lorafit.LoRA(rank=2)), ("qalora", lorafit.QALoRA(rank=2))):
+        model, _ = lorafit.load(tiny.path)
+        lorafit.attach(model, config)
+        model.save_pretrained(tmp_path / name)
+    both = str(tmp_path / "lora"), str(tmp_path / "qalora")
+    expected = {"method": ["lora", "qalora"], "scaling": ["standard", None], "frozen_tensors": [None, "frozen"]}
+    assert document(capsys, "diff", *both)["settings"] == expected
+    turned = document(capsys, "diff", *reversed(both))["settings"]
+    assert turned == {name: values[::-1] for name, values in expected.items()}
+
+
 def test_combine_writes_an_adapter(folder: Path, tiny: TinyLlama, capsys: pytest.CaptureFixture[str]) -> None:
     run, alone, both = str(folder / "run"), str(folder / "alone"), str(folder / "both")
     said = document(capsys, "combine", run, alone, "--output", both, "--weights", "0.5", "-2")

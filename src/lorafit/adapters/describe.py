@@ -121,12 +121,12 @@ def compare(one: Adapter, two: Adapter) -> Difference:
         total = [a + b for a, b in zip(total, parts, strict=True)]
         layers.append(_difference(name, *parts))
     first, second = describe(one), describe(two)
-    differing = {
-        name: (first[name], second[name])
-        for name in first
-        if name not in ("path", "bytes") and first[name] != second.get(name)
-    }
-    differing |= {name: (None, second[name]) for name in second.keys() - first.keys()}
+    differing = {}
+    # A method lacks settings that another has; lacking one and leaving it empty or off are the same.
+    for name in [name for name in {**first, **second} if name not in ("path", "bytes")]:
+        values = first.get(name), second.get(name)
+        if values[0] != values[1] and any(values):
+            differing[name] = values
     return Difference(differing, layers, _difference("all", *total))
 
 
