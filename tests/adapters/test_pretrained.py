@@ -70,6 +70,14 @@ def test_of_a_base_that_was_quantised_while_it_was_loaded(tmp_path: Path) -> Non
         lorafit.load(tmp_path / "base", adapter=tmp_path / "adapter", quantize="fp4")
 
 
+def test_nothing_is_left_of_an_adapter_that_was_saved_there_before(tiny: TinyLlama, tmp_path: Path) -> None:
+    for config in (lorafit.QALoRA(rank=2), lorafit.LoRA(rank=4)):
+        model, _ = lorafit.load(tiny.path, compute="fp32")
+        lorafit.attach(model, config)
+        model.save_pretrained(tmp_path / "adapter")
+        assert (tmp_path / "adapter" / "qalora_offsets.safetensors").exists() == (config.method == "qalora")
+
+
 def test_of_a_model_that_transformers_loaded(tmp_path: Path) -> None:
     model = write_tiny_directory(tmp_path / "base")
     for name, sha256 in ((str(tmp_path / "base"), fingerprint(tmp_path / "base")), ("someone/model", "")):

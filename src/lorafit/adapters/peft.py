@@ -77,6 +77,9 @@ def save_adapter(model: nn.Module, directory: str | Path, record: AdapterRecord)
     modules = adapter_modules(model)
     weights = {key: part.get().contiguous().cpu() for key, part in parts(model).items()}
     write_tensors(directory / WEIGHTS_FILE, weights, {"format": "pt", "lorafit": json.dumps(note_of(record))})
+    # What another adapter left here would be taken for a part of this one.
+    for name in (OFFSETS_FILE, IMPORTANCE_FILE):
+        (directory / name).unlink(missing_ok=True)
     if isinstance(record.config, QALoRA):
         offsets = {
             name: module.merged_offsets().cpu() for name, module in modules.items() if isinstance(module, QALoRALinear)
