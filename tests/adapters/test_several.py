@@ -371,6 +371,8 @@ def test_what_rows_refuse(tiny: TinyLlama, folder: Path, tmp_path: Path) -> None
             logits(adapters.model, torch.ones(3, 5, dtype=torch.long))
         with pytest.raises(AdapterError, match="rows have different adapters here"):
             adapter_modules(adapters.model)["model.layers.0.self_attn.q_proj"].delta_weight()
+        with pytest.raises(AdapterError, match="rows have different adapters here"):
+            adapters.model.save_pretrained(tmp_path / "rows")
     adapters.model.train()
     with pytest.raises(AdapterError, match=r"'dropping' was .* call model\.eval"), adapters.rows(["dropping"]):
         pass

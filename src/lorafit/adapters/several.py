@@ -154,7 +154,7 @@ class Adapters:
             adapters = [used[name][layer] for name in those]
             modules[layer] = LoRARows(adapters[0].base, adapters, picked)
         before = self._current()
-        self._place(_Placed(modules))
+        self._place(_Placed(modules, _refuse_to_save))
         try:
             yield
         finally:
@@ -218,3 +218,9 @@ class Adapters:
         else:
             origin = origin_of(self.model)
             check_name(record, Path(origin.path if origin else self._base.base), directory)
+
+
+def _refuse_to_save(*_: object, **__: object) -> None:
+    raise AdapterError(
+        "rows have different adapters here; leave the context in which they do, use one of them, and save that"
+    )
