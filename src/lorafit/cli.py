@@ -62,7 +62,7 @@ _COMMANDS = {
     "evaluate": "Measure a model on a file of examples; for a run, base against tuned.",
     "generate": "Answer one prompt.",
     "chat": "Talk with a model or a run.",
-    "merge": "Write the tuned model as one file, with a certificate that it is the model that was trained.",
+    "merge": "Write the tuned model as one GGUF file or a directory of safetensors, with a certificate of what it is.",
     "export": "Write a model in a form that other tools read, with a certificate of what it is.",
     "adapters": "List, show, compare and combine adapters.",
     "bench": "Measure what this machine does with a model, and how close to its limit.",

@@ -15,9 +15,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from lorafit.errors import ModelError
+from lorafit.commands.export import export
+from lorafit.commands.merge import merge
+from lorafit.config import LoRA
+from lorafit.errors import LorafitWarning, ModelError
 from lorafit.models.load import load_base
 from lorafit.modules import PackedLinear
+from tests.merging.runs import write_run
 from tests.oracles.tiny_directory import write_tiny_directory
 
 IDS = torch.randint(3, 260, (1, 40), generator=torch.Generator().manual_seed(0))
@@ -146,6 +150,19 @@ def test_eight_bits_are_unpacked(dense: Path, tmp_path: Path) -> None:
         weight = theirs.get_submodule(name).weight
         expected = F.int8_vectorwise_dequant(weight.data, weight.SCB)  # type: ignore[union-attr, arg-type]
         assert torch.equal(unpacked(base.model.get_submodule(name)), expected), name
+
+
+def test_what_is_unpacked_while_it_is_loaded_was_quantised_nevertheless(dense: Path, tmp_path: Path) -> None:
+    """So a GGUF file of it is a second quantisation, and what it was quantised from is an original for ``--onto``."""
+    saved_by_transformers(dense, tmp_path / "model", load_in_8bit=True)
+    base = load_base(tmp_path / "model")
+    assert not any(isinstance(part, PackedLinear) for part in base.model.modules())
+    assert base.origin == "model (bitsandbytes)"
+    certificate = export(str(tmp_path / "model"), str(tmp_path / "out.gguf"), format="gguf", dtype="q8_0")
+    assert certificate.as_dict()["second_quantization"] == "model (bitsandbytes)"
+    run = write_run(tmp_path / "run", tmp_path / "model", LoRA(rank=2))
+    with pytest.warns(LorafitWarning, match="was trained beside model and merged onto model, whose weights differ"):
+        merge(str(run), str(tmp_path / "merged"), onto=str(dense))
 
 
 def test_bitsandbytes_is_not_needed(dense: Path, tmp_path: Path) -> None:

@@ -59,8 +59,8 @@ def export(
     Both appear whole, and only after what was written was compared with the model.
 
     Args:
-        model: A .gguf file, ``smollm2-135m``, or a directory; for gguf-lora and peft, a run or the directory of an
-            adapter; for ollama, a run or a model.
+        model: A .gguf file, ``smollm2-135m``, or a directory; for gguf also a run or the directory of an adapter; for
+            gguf-lora and peft, only these; for ollama, a run or a model.
         output: The file or directory to write.
         format: Of the output.
         dtype: Type of the weights; fp32 (f32 in GGUF) if missing, which loses nothing.
@@ -195,8 +195,8 @@ def export_command(
     """Write a model in a form that other tools read, with a certificate of what it is.
 
     Args:
-        model: A .gguf file, smollm2-135m, or a directory (for safetensors, one that bitsandbytes quantised); for
-            gguf-lora and peft, a run or the directory of an adapter; for ollama, a run or a model.
+        model: A .gguf file, smollm2-135m, or a directory (for safetensors, one that bitsandbytes quantised); for gguf
+            also a run or the directory of an adapter; for gguf-lora and peft, only these; for ollama, a run or a model.
         output: The file or directory to write; a certificate is written beside it as OUTPUT.certificate.json.
         format: Of the output: safetensors, a directory that transformers loads; gguf, a file for llama.cpp, Ollama and
             lorafit itself; gguf-lora, an adapter for llama.cpp; peft, an adapter for PEFT; ollama, a directory with a
@@ -205,7 +205,7 @@ def export_command(
             and ollama also block formats, and the mixes q4_k_m and q5_k_m. [default: fp32]
         requantize: For ollama and a run on a GGUF file: as for merge.
         eval_data: For gguf, and ollama with --dtype: rows to measure the loss on, of the model and of the file, in a
-            .jsonl file as for training.
+            .jsonl file as for training; for a run, its held-out rows if missing.
         certificate_tolerance: By how much the loss of what is written may be larger than the model's, in nats per
             token, before it is refused. [default: 0.05]
         adapter: For gguf-lora: an adapter whose base is MODEL, for one that does not say where its base is.

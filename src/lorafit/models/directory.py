@@ -93,7 +93,7 @@ def load_directory(
     check_experts(getattr(config, "num_experts_per_tok", 0), getattr(config, "num_experts", 0), str(path))
     _check_finite(path, model)
     fuse(model.requires_grad_(False).eval())
-    origin = _quantized_origin(fields)
+    origin = _quantized_origin(path, fields)
     return Base(model, tokenizer, path, dtype, stamp, quantize=quantize, kept=kept, origin=origin)
 
 
@@ -161,8 +161,10 @@ def _is_bitsandbytes(settings: object) -> bool:
     return isinstance(settings, dict) and settings.get("quant_method") == "bitsandbytes"
 
 
-def _quantized_origin(fields: Mapping[str, Any]) -> str | None:
-    """The quantised file that `lorafit export` unpacked into this directory; None for weights of another origin."""
+def _quantized_origin(path: Path, fields: Mapping[str, Any]) -> str | None:
+    """What the weights are of, if that was quantised: a file that `lorafit export` unpacked, or bitsandbytes' numbers."""
+    if _is_bitsandbytes(fields.get("quantization_config")):
+        return f"{path.name} (bitsandbytes)"
     try:
         origin = fields[ORIGIN]
         formats = sorted({name for name in origin["formats"].values() if block_format(name).elements > 1})
