@@ -162,7 +162,7 @@ def _is_bitsandbytes(settings: object) -> bool:
 
 
 def _quantized_origin(path: Path, fields: Mapping[str, Any]) -> str | None:
-    """What the weights are of, if that was quantised: a file that `lorafit export` unpacked, or bitsandbytes' numbers."""
+    """What the weights are of, if quantised: a file that `lorafit export` unpacked, or numbers of bitsandbytes."""
     if _is_bitsandbytes(fields.get("quantization_config")):
         return f"{path.name} (bitsandbytes)"
     try:
