@@ -38,7 +38,7 @@ def merge(
     Both appear whole, and only after everything in the certificate was proved on what was written.
 
     Args:
-        run: Directory of a run.
+        run: Directory of a run, or of an adapter whose base is there by the name that it gives.
         output: The GGUF file to write, or the directory: safetensors that transformers loads.
         dtype: Type of the weights in a directory; fp32 if missing, which rounds nothing.
         onto: For a directory, the original of a quantised base, to which the update is added instead.
@@ -185,7 +185,7 @@ def merge_command(
     """Write the tuned model as one GGUF file or a directory of safetensors, with a certificate of what it is.
 
     Args:
-        run: Directory of a run.
+        run: Directory of a run, or of an adapter whose base is there by the name that it gives.
         output: The GGUF file to write, for a run with --method qalora without any loss; or, where the name does not end
             in .gguf, the directory, which transformers loads. A certificate is written beside it as
             OUTPUT.certificate.json.
