@@ -33,7 +33,7 @@ def test_a_model_is_unpacked_tensor_by_tensor(tmp_path: Path) -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a peak counts what is cached")
 def test_a_gguf_file_is_written_tensor_by_tensor(tmp_path: Path) -> None:
     """From a directory, and that file from itself: not even what is mapped is in memory as a whole."""
-    for name, sizes in (("small", {}), ("large", {"hidden": 512, "intermediate": 2048, "layers": 8})):
+    for name, sizes in (("small", {}), ("large", {"hidden": 512, "intermediate": 2048, "layers": 16})):
         write_tiny_llama(tmp_path / f"{name}.gguf", **sizes)
         export(str(tmp_path / f"{name}.gguf"), str(tmp_path / name))
 
@@ -52,5 +52,7 @@ def test_a_gguf_file_is_written_tensor_by_tensor(tmp_path: Path) -> None:
     )
     total = (tmp_path / "large-f32.gguf").stat().st_size
     largest = 4 * 512 * 2048
-    assert 3 * largest + MARGIN < 0.3 * total, "a copy of the whole would be seen, and even a mapped one"
-    assert grown <= 3 * largest + MARGIN
+    # Sixteen layers take no more than eight: what comes on top of the largest tensor is the process's own.
+    limit = 3 * largest + 1.5 * MARGIN
+    assert limit < 0.2 * total, "a copy of the whole would be seen, and even a mapped one"
+    assert grown <= limit
