@@ -60,7 +60,7 @@ def test_of_a_run(
         assert float((theirs - ours).abs().mean()) < 0.01
         assert len(found["differs_by"]) == 1
         assert "rounding of the trained offsets" in found["differs_by"][0]
-        assert found["held_out"]["file_loss"] == pytest.approx(found["held_out"]["run_loss"], abs=1e-3)
+        assert found["held_out"]["file_loss"] == pytest.approx(found["held_out"]["run_loss"], abs=5e-3)
     else:
         # float32 through two layers: measured 1e-5.
         torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-4)

@@ -53,6 +53,6 @@ def test_a_gguf_file_is_written_tensor_by_tensor(tmp_path: Path) -> None:
     total = (tmp_path / "large-f32.gguf").stat().st_size
     largest = 4 * 512 * 2048
     # Sixteen layers take no more than eight: what comes on top of the largest tensor is the process's own.
-    limit = 3 * largest + 1.5 * MARGIN
-    assert limit < 0.2 * total, "a copy of the whole would be seen, and even a mapped one"
+    limit = 3 * largest + 2.5 * MARGIN
+    assert limit < 0.25 * total, "a copy of the whole would be seen, and even a mapped one"
     assert grown <= limit

@@ -13,7 +13,7 @@ from lorafit.modules.size import measure_size
 from tests.oracles.memory import memory_of
 from tests.oracles.tiny_directory import write_tiny_directory
 
-MARGIN = 12_000_000
+MARGIN = 20_000_000  # for what an allocator keeps, and the pieces that threads work on
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a peak counts what is cached")
@@ -21,7 +21,7 @@ MARGIN = 12_000_000
 def test_a_base_is_quantised_tensor_by_tensor(tmp_path: Path, how: str) -> None:
     small, large = str(tmp_path / "small"), str(tmp_path / "large")
     write_tiny_directory(Path(small))
-    write_tiny_directory(Path(large), hidden_size=512, intermediate_size=2048, num_hidden_layers=4)
+    write_tiny_directory(Path(large), hidden_size=512, intermediate_size=2048, num_hidden_layers=8)
     total = (tmp_path / "large" / "model.safetensors").stat().st_size
     load = f"base = load_base({{!r}}, quantize={how!r}, compute='bf16')"
     grown = memory_of(load.format(large), before=f"from lorafit.models.load import load_base\n{load.format(small)}")

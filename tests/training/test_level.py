@@ -8,7 +8,6 @@ import torch
 from lorafit.config import AdapterConfig, Compute, LoRA, MemoryLevel, QALoRA
 from lorafit.models.load import load_base
 from lorafit.modules import attach
-from lorafit.modules.size import measure_size
 from lorafit.training.level import choose_level, estimate_step
 from lorafit.training.memory import Free, free_memory
 from tests.oracles.adapted import documents
@@ -145,14 +144,12 @@ def test_the_estimate_is_close_to_what_a_step_takes(
         write_tiny_llama(path, hidden=256, intermediate=512, layers=6)
     kind: Compute = "bf16" if compute == torch.bfloat16 else "fp32"
     model = load_base(path, compute=kind).model
-    size = measure_size(model)
     attach(model, adapter)
     estimated = estimate_step(
         model,
         documents(lengths),
         itemsize=compute.itemsize,
         keeps_inputs=isinstance(adapter, LoRA),
-        mapped_bytes=size.nbytes,
     )
     assert sorted(estimated.values(), reverse=True) == [estimated[each] for each in ("high", "low", "lowest")]
     before = _SETUP.format(path=str(path), compute=kind, adapter=repr(adapter), level=level, lengths=lengths)

@@ -8,9 +8,8 @@ query and key heads and f that of the feed-forward part (of the experts of a tok
 and with LoRA the inputs of the adapters, 2 w + q + f; QA-LoRA keeps sums over blocks of them, which is next to nothing.
 A layer that is computed again keeps its input, w. To this come one layer that is at work, with gradients as large as
 what it keeps, the scores of one piece of attention, a chunk of logits, the largest unpacked weight, gradients and
-moments of the adapter, code, and of a mapped file the pages, which stay in memory once they were read. The sum has been
-between 0.7 and 1.6 times the measured peak (a test holds it to a factor of 2.5), so that 60% of what is free is planned
-for.
+moments of the adapter, and code. Pages of a mapped file go back once they were read. The sum is held by a test to a
+factor of 2.5 of the measured peak, and 60% of what is free is planned for.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ _PLANNED_SHARE = 0.6
 _LEVELS: tuple[MemoryLevel, ...] = get_args(MemoryLevel)  # from the most memory to the least
 _PIECE = 512  # queries at a time, or whole documents up to here, in attention
 _SCORES = 12  # buffers of the largest piece's scores; the allocator keeps those of smaller pieces before it, too
-_CODE = 50_000_000  # libraries and kernels that the first step loads and compiles
+_CODE = 30_000_000  # libraries and kernels that the first step loads and compiles
 _OF_PARAMETER = 12  # gradient and two moments in float32
 
 
@@ -89,7 +88,6 @@ def estimate_step(
     *,
     itemsize: int,
     keeps_inputs: bool,
-    mapped_bytes: int,
     keeps_outputs: bool = False,
 ) -> dict[MemoryLevel, int]:
     """Bytes that a step needs at its peak, at each memory level, besides what is in memory before it.
@@ -99,7 +97,6 @@ def estimate_step(
         documents: Those of the longest pass.
         itemsize: Bytes of a number in the compute type.
         keeps_inputs: Whether adapters keep their inputs, as LoRA's do.
-        mapped_bytes: Weights that are read from a mapped file.
         keeps_outputs: Whether adapters keep what their layers give, as DoRA's do.
     """
     config: Any = model.config
@@ -118,7 +115,7 @@ def estimate_step(
     largest = max(min(config.vocab_size * width, PIECE), width * forward)
     common = itemsize * (2 * layer * tokens + scores + logits + largest)
     # Without a pass that leaves the gradient in their place, it is another of these, and two more in float32.
-    common += (0 if step.is_available() else itemsize + 8) * logits + _OF_PARAMETER * trained + mapped_bytes + _CODE
+    common += (0 if step.is_available() else itemsize + 8) * logits + _OF_PARAMETER * trained + _CODE
     again = {"high": 0, "low": layers // 2, "lowest": layers}
     return {
         level: common + itemsize * tokens * (width * again[level] + layer * (layers - again[level]))

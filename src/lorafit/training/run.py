@@ -100,7 +100,6 @@ class Run:
             itemsize=base.compute.itemsize,
             keeps_inputs=config.method != "qalora",
             keeps_outputs=config.dora,
-            mapped_bytes=self.size.nbytes if base.path.is_file() else 0,
         )
         self.memory = choose_level(
             config.memory, need, sum(len(each.tokens) for each in longest), free_memory(base.model.device)
