@@ -16,6 +16,7 @@ import torch
 from transformers import PreTrainedModel
 
 from lorafit.commands.export import export
+from lorafit.commands.merge import merge
 from lorafit.config import AdapterConfig, LoRA, QALoRA
 from lorafit.containers.atomic import fingerprint
 from lorafit.containers.gguf import GGUFFile
@@ -231,6 +232,18 @@ def test_a_run_is_merged_in_float32_onto_its_base(tmp_path: Path, family: str, k
     assert rounded.second_quantization == "base.gguf (Q4_1)"
     assert 0 < abs(rounded.held_out.written_loss - rounded.held_out.source_loss) < 0.3
     assert set(rounded.weights.formats) == {"F32", "Q8_0"}
+
+
+def test_a_run_in_the_type_of_its_base_keeps_what_it_learnt(tmp_path: Path) -> None:
+    path = write_family(tmp_path / "base.gguf", "llama", random_model("llama"), format="Q4_1")
+    run = write_run(tmp_path / "run", path, LoRA(rank=2), size=0.02, held_out=False)
+    merge(str(run), str(tmp_path / "merged.gguf"), requantize="keep")
+    export(str(run), str(tmp_path / "out.gguf"), format="gguf", dtype="q4_1")
+    base, merged, exported = (GGUFFile.open(tmp_path / f"{name}.gguf") for name in ("base", "merged", "out"))
+    changed = [name for name in base.tensors if not torch.equal(base.blocks(name), merged.blocks(name))]
+    assert len(changed) == 14
+    for name in changed:
+        assert torch.equal(exported.blocks(name), merged.blocks(name))
 
 
 def test_a_run_on_a_directory_and_an_adapter_without_a_run(tmp_path: Path) -> None:

@@ -1,8 +1,9 @@
 """A model as a GGUF file: for every family that lorafit reads, in every type that it writes.
 
 Tensors come one at a time and some rows at a time, so that the memory of a few of the largest is enough. A tensor that
-lies in a GGUF file in the format that it is to have is copied; everything else goes through float32 and is packed as
-well as lorafit can (``kernels.search``).
+lies in a GGUF file in the format that it is to have is copied; one that an adapter updates keeps its grid there, so
+that the update is not rounded away (``kernels.dither``); everything else goes through float32 and is packed as well as
+lorafit can (``kernels.search``).
 
 Where the weights came from is written into the file: name and hash of the source, of a run's base, and, if they were
 computed from quantised weights, what those were.
@@ -20,6 +21,7 @@ from lorafit import __version__
 from lorafit.config import GGUFType
 from lorafit.containers.atomic import fingerprint
 from lorafit.containers.gguf_new import NewTensor, Value, write_gguf
+from lorafit.containers.mapped import release
 from lorafit.data.readers import Example
 from lorafit.errors import FormatError, MergeError
 from lorafit.exporting.gguf_certificate import (
@@ -33,6 +35,7 @@ from lorafit.exporting.mix import Mix
 from lorafit.exporting.source import Model, Source, SourceTensor, parameters, source_of
 from lorafit.formats import block_format
 from lorafit.kernels import search
+from lorafit.kernels.dither import DITHERED, dither
 from lorafit.merging.certificate import FileRecord
 from lorafit.merging.run import DEFAULT_TOLERANCE
 from lorafit.models.base import Base
@@ -139,11 +142,18 @@ def _mix(base: Base, source: Source, type: GGUFType) -> Mix:
 
 def _new(name: str, tensor: SourceTensor, format: str) -> NewTensor:
     def packed() -> Iterator[Tensor]:
+        start = 0
         for rows in tensor.values():
             try:
-                yield search.quantize(rows, format).blocks
+                if tensor.before is not None and tensor.format == format and format in DITHERED:
+                    before = tensor.before[start : start + len(rows)]
+                    yield dither(rows, before, format, start)
+                    release(before)
+                else:
+                    yield search.quantize(rows, format).blocks
             except FormatError as error:
                 raise MergeError(f"{name}: {error}; choose another --dtype") from None
+            start += len(rows)
 
     copied = tensor.blocks if tensor.format == format else None
     return NewTensor(format, tensor.shape, copied or packed)

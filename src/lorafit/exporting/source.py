@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -93,12 +93,14 @@ class SourceTensor:
         format: The block format that its numbers were in before; None if that says nothing of them.
         values: Gives its rows, float32 [n, width] at a time, in the order of the file.
         blocks: Gives them as they lie in a GGUF file, uint8 [n, row_bytes] at a time; None if they do not.
+        before: Of a tensor that an adapter updates, what it is in the base's file, uint8 [rows, row_bytes], mapped.
     """
 
     shape: tuple[int, ...]
     format: str | None
     values: Callable[[], Iterator[Tensor]]
     blocks: Callable[[], Iterator[Tensor]] | None = None
+    before: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,11 @@ def source_of(model: Model) -> Source:
     metadata |= {key: Raw(file.raw_value(key)) for key in file.metadata if not _NOT_PASSED_ON.match(key)}
     tensors = {name: _of_file(file, name) for name in file.tensors}
     if model.changed:
-        tensors |= _by_file_names({name: model.tensors[name] for name in model.tensors if name in model.changed}, model)
+        changed = _by_file_names({name: model.tensors[name] for name in model.tensors if name in model.changed}, model)
+        tensors |= {
+            name: replace(tensor, before=file.blocks(name)) if tensor.format == file.tensors[name].format else tensor
+            for name, tensor in changed.items()
+        }
     return Source(metadata, tensors, ())
 
 
