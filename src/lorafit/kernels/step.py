@@ -149,7 +149,7 @@ def side_by_side(lengths: tuple[int, ...]) -> tuple[Documents, ...]:
     groups: list[list[int]] = []
     for number in sorted(range(len(lengths)), key=lambda number: -lengths[number]):
         longest = _padded(lengths[groups[-1][0]]) if groups else 0
-        if longest and longest <= _WASTE * lengths[number]:
+        if longest and longest <= _WASTE * _padded(lengths[number]):
             groups[-1].append(number)
         else:
             groups.append([number])
