@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from lorafit.containers.mapped import release
 from lorafit.kernels import step
+from lorafit.modules.matmul import multiply
 from lorafit.modules.packed import PackedLinear, PackedWeight, scratch
 
 
@@ -148,7 +149,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, z: Tensor | None, stack: _Stack, *tensors: Tensor | None) -> tuple[Tensor, ...]:
         rows = x.reshape(-1, x.shape[-1])
-        y = rows @ stack.weight(tensors, x.dtype, x.device).T
+        y = multiply(rows, stack.weight(tensors, x.dtype, x.device).T)
         inputs = h = sums = None
         if stack.has_branch:
             inputs = rows if z is None else z.reshape(rows.shape)
@@ -169,7 +170,7 @@ class _Product(torch.autograd.Function):
         grad = _side_by_side([each.reshape(-1, each.shape[-1]) for each in grads])
         dx = dz = da = db = dm = None
         if ctx.needs_input_grad[0]:
-            dx = grad @ stack.weight(tensors, grad.dtype, grad.device)
+            dx = multiply(grad, stack.weight(tensors, grad.dtype, grad.device))
         if h is not None:
             down, up = stack.branch(tensors, grad.dtype)
             dh = grad @ up
