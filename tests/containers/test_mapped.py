@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from lorafit.containers.mapped import map_file, release
+from lorafit.containers.mapped import map_file, mapped_files, release
 
 SIZE = 1 << 24
 
@@ -44,6 +45,20 @@ def test_released_pages_leave_memory_and_come_back(content: Path) -> None:
     assert int(tensor.sum()) == total
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_pages_of_files_that_others_mapped_are_released_too(tmp_path: Path) -> None:
+    save_file({name: torch.full((SIZE,), number) for number, name in enumerate("ab")}, tmp_path / "x.safetensors")
+    tensors = load_file(tmp_path / "x.safetensors")
+    files = mapped_files()
+    read = [int(tensor.sum()) for tensor in tensors.values()]
+    full = resident()
+    release(tensors["b"])
+    assert full - resident() < SIZE, "nobody said where files are"
+    release(tensors["b"], files)
+    assert 0.9 * tensors["b"].nbytes < full - resident() < 1.1 * tensors["b"].nbytes
+    assert [int(tensor.sum()) for tensor in tensors.values()] == read == [0, SIZE]
+
+
 def test_what_is_not_released_stays(content: Path) -> None:
     """Pages at the edges belong to neighbours too, and other memory to no file at all."""
     tensor = mapped_tensor(content)
@@ -52,6 +67,7 @@ def test_what_is_not_released_stays(content: Path) -> None:
     assert (tensor[4095], tensor[3 * 4096]) == (1, 2)
     own = torch.ones(SIZE, dtype=torch.uint8)
     release(own)
+    release(own, mapped_files())
     assert bool((own == 1).all())
     assert bool((torch.from_numpy(np.fromfile(content, np.uint8))[4096 : 3 * 4096] == tensor[4096 : 3 * 4096]).all())
 

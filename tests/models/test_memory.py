@@ -1,4 +1,5 @@
-"""Memory while a base is quantised: the quantised model, and at most three times the largest tensor.
+"""Memory while a base is quantised: the quantised model, and at most three times the largest tensor; and while one in
+full precision is made ready to train: the size of its file, read once.
 
 The margin is for what an allocator and the search for scales keep, whatever the size of a tensor.
 """
@@ -29,3 +30,16 @@ def test_a_base_is_quantised_tensor_by_tensor(tmp_path: Path, how: str) -> None:
     limit = quantized + 3 * 4 * 512 * 2048 + MARGIN
     assert limit < 0.6 * total, "loading all of it would be seen"
     assert quantized < grown <= limit
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere pages of files are not given back")
+def test_weights_that_are_laid_together_are_in_memory_once(tmp_path: Path) -> None:
+    small, large = str(tmp_path / "small"), str(tmp_path / "large")
+    write_tiny_directory(Path(small))
+    write_tiny_directory(Path(large), hidden_size=512, intermediate_size=2048, num_hidden_layers=8)
+    total = (tmp_path / "large" / "model.safetensors").stat().st_size
+    ready = "lay_weights_together(load_base({!r}, compute='fp32').model)"
+    imports = "from lorafit.models.fuse import lay_weights_together\nfrom lorafit.models.load import load_base\n"
+    grown = memory_of(ready.format(large), before=imports + ready.format(small))
+    # 70% of these weights are copied.
+    assert 0.9 * total < grown < 1.2 * total + MARGIN

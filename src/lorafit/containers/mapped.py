@@ -6,7 +6,10 @@ Whoever knows that a tensor will not be read again for long can say so, and the 
 
 from __future__ import annotations
 
+import ctypes
 import mmap
+from collections.abc import Sequence
+from pathlib import Path
 from typing import BinaryIO
 from weakref import WeakValueDictionary
 
@@ -23,18 +26,39 @@ def map_file(file: BinaryIO) -> mmap.mmap:
     return mapped
 
 
-def release(tensor: Tensor) -> None:
+def mapped_files() -> list[range]:
+    """Addresses where files are mapped now, by whoever; nothing where the system does not tell, as only Linux does."""
+    told = Path("/proc/self/maps")
+    found = []
+    for line in told.read_text().splitlines() if told.exists() else ():
+        addresses, *_, path = line.split(maxsplit=5)
+        # Memory can have the name of a device, or of a file that is nowhere.
+        if path.startswith("/") and Path(path).is_file():
+            begin, end = (int(address, 16) for address in addresses.split("-"))
+            found.append(range(begin, end))
+    return found
+
+
+def release(tensor: Tensor, files: Sequence[range] = ()) -> None:
     """Let go of the pages under a tensor that lies in a mapped file; they come back from there when they are read.
 
     Nothing happens to other tensors, to pages that are shared with a neighbour, or where the system has no such call.
     What was written into the pages in memory is lost.
+
+    Args:
+        tensor: In a file that `map_file` mapped, or in one of ``files``.
+        files: What `mapped_files` gave when the tensor was there already.
     """
     if not hasattr(mmap, "MADV_DONTNEED"):
         return
+    first = tensor.data_ptr()
+    begin = -(-first // mmap.PAGESIZE) * mmap.PAGESIZE
+    end = (first + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+    if begin >= end:
+        return
     for start, mapped in list(_mappings.items()):
-        first = tensor.data_ptr() - start
-        if 0 <= first < len(mapped):
-            begin = -(-first // mmap.PAGESIZE) * mmap.PAGESIZE
-            end = (first + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
-            if begin < end:
-                mapped.madvise(mmap.MADV_DONTNEED, begin, end - begin)
+        if start <= first < start + len(mapped):
+            mapped.madvise(mmap.MADV_DONTNEED, begin - start, end - begin)
+            return
+    if any(begin in file and end <= file.stop for file in files):
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), mmap.MADV_DONTNEED)

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lorafit.containers.mapped import mapped_files
 from lorafit.kernels import step
 from lorafit.modules import attention, fused
 from lorafit.modules.packed import chooses_type
@@ -44,9 +45,10 @@ def fuse(model: PreTrainedModel) -> PreTrainedModel:
 
 def lay_weights_together(model: PreTrainedModel) -> None:
     """Spare a training loop the copies of dense weights that are multiplied as one."""
+    files = mapped_files()
     for module in model.modules():
         if isinstance(module, _Attention | _GatedMLP):
-            lay_together([module.get_submodule(name) for name in module.side_by_side])
+            lay_together([module.get_submodule(name) for name in module.side_by_side], files)
 
 
 def _softcap(module: nn.Module) -> Any:

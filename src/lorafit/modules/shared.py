@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from lorafit.containers.mapped import release
 from lorafit.modules.adapter import AdapterModule
 from lorafit.modules.lora import LoRALinear
 from lorafit.modules.packed import PackedLinear
@@ -29,17 +30,23 @@ def apply_all(layers: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
 
 
 @torch.no_grad()
-def lay_together(layers: Sequence[nn.Module]) -> None:
+def lay_together(layers: Sequence[nn.Module], files: Sequence[range] = ()) -> None:
     """Move frozen dense weights, of layers with adapters or without, below one another, where they need no copy.
 
     Each is a part of one tensor then, which would confuse a tool that saves storages and not tensors. So this is for a
     training loop that owns the model.
+
+    Args:
+        layers: Those that share an input.
+        files: Where files are mapped; pages of a weight that lay in one of them are given back.
     """
     bases = [layer.base if isinstance(layer, AdapterModule) else layer for layer in layers]
     weights = [base.weight for base in bases if type(base) is nn.Linear and not base.weight.requires_grad]
     if len(weights) == len(layers) and len({weight.dtype for weight in weights}) == 1:
         for weight, part in zip(weights, torch.cat(weights).split([len(each) for each in weights]), strict=True):
+            original = weight.data
             weight.data = part
+            release(original, files)
 
 
 def _part(layer: nn.Module) -> Part | None:
