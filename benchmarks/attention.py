@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from lorafit.kernels.step import side_by_side
 from lorafit.models.attention import attend_documents
-from lorafit.modules.attention import attend
+from lorafit.modules.attention import Attention, attend
 
 LENGTHS = (60, 90, 150, 230, 400, 800, 1600)
 DIM = 64
@@ -42,7 +42,7 @@ def main() -> None:
         def packed(
             parts: list[Tensor] = parts, angles: tuple[Tensor, Tensor] = angles, lengths: tuple[int, ...] = lengths
         ) -> Tensor:
-            return attend(*parts, angles, side_by_side(lengths), dim=DIM, scale=DIM**-0.5)
+            return attend(*parts, Attention(angles, side_by_side(lengths), DIM, DIM**-0.5))
 
         def plain(parts: list[Tensor] = parts, lengths: tuple[int, ...] = lengths) -> Tensor:
             heads = [part.unflatten(1, (-1, DIM)).transpose(0, 1).unsqueeze(0) for part in parts]

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from lorafit.kernels import step
-from lorafit.modules.attention import attend
+from lorafit.modules.attention import Attention, attend
 
 pytestmark = pytest.mark.skipif(not step.is_available(), reason="no vector code for this processor")
 
@@ -47,7 +47,7 @@ def test_values_and_gradients(lengths: tuple[int, ...], window: int | None, rota
     angle = torch.rand(total, DIM // 2) * 6
     angles = tuple(torch.cat((part, part), -1) for part in (angle.cos(), angle.sin())) if rotated else None
     documents = step.side_by_side(lengths)
-    found = attend(q, k, v, angles, documents, dim=DIM, scale=SCALE, window=window)
+    found = attend(q, k, v, Attention(angles, documents, DIM, SCALE, window))
     exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
     wide = None if angles is None else tuple(each.double() for each in angles)
     expected = formula(*exact, wide, lengths, window)
@@ -64,7 +64,7 @@ def test_bfloat16_is_as_good_as_its_roundings() -> None:
     total = sum(lengths)
     q, k, v = (torch.randn(total, heads * DIM).bfloat16().requires_grad_() for heads in (HEADS, KEY_HEADS, KEY_HEADS))
     out = torch.randn(total, HEADS * DIM).bfloat16()
-    found = attend(q, k, v, None, step.side_by_side(lengths), dim=DIM, scale=SCALE)
+    found = attend(q, k, v, Attention(None, step.side_by_side(lengths), DIM, SCALE))
     exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
     expected = formula(*exact, None, lengths, None)
     pairs = [(found, expected)]
@@ -79,7 +79,7 @@ def test_bfloat16_is_as_good_as_its_roundings() -> None:
 def test_a_score_that_is_no_number_is_seen() -> None:
     q, k, v = (torch.randn(40, heads * DIM) for heads in (HEADS, KEY_HEADS, KEY_HEADS))
     k[10, 0] = torch.nan
-    found = attend(q, k, v, None, step.side_by_side((20, 20)), dim=DIM, scale=SCALE)
+    found = attend(q, k, v, Attention(None, step.side_by_side((20, 20)), DIM, SCALE))
     assert found[10:20, :DIM].isnan().all()
     assert not found[:10].isnan().any()
     assert not found[20:].isnan().any()

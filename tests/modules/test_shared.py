@@ -45,6 +45,7 @@ def qalora(base: PackedLinear, rank: int = 3) -> QALoRALinear:
 
 def disabled(module: LoRALinear) -> LoRALinear:
     module.enabled = False
+    module.requires_grad_(False)
     return module
 
 
@@ -57,13 +58,13 @@ JOINED: dict[str, Callable[[], list[nn.Module]]] = {
     "LoRA beside ordinary layers": lambda: [lora(dense(64, bias=True)), lora(dense(32))],
     "LoRA on two of three": lambda: [lora(packed(64, bias=True)), packed(32, "Q8_0", bias=True), lora(dense(32))],
     "only the last has an adapter": lambda: [packed(64), dense(32), lora(packed(32))],
+    "one is disabled": lambda: [lora(packed(64)), disabled(lora(packed(32)))],
     "QA-LoRA": lambda: [qalora(packed(64)), qalora(packed(32, bias=True)), qalora(packed(32), rank=2)],
     "QA-LoRA, promoted": lambda: [qalora(packed(64, "Q4_0")), qalora(packed(32)), qalora(packed(32, "Q5_0"))],
     "QA-LoRA and a frozen layer": lambda: [packed(64, "Q8_0"), qalora(packed(32))],
     "both kinds and a frozen layer": lambda: [lora(packed(64)), qalora(packed(32)), dense(32), lora(dense(16))],
 }  # fmt: skip
 APART: dict[str, Callable[[], list[nn.Module]]] = {
-    "one is disabled": lambda: [lora(packed(64)), disabled(lora(packed(32)))],
     "dropout": lambda: [lora(packed(64), dropout=0.5), lora(packed(32), dropout=0.5)],
     "no adapter": lambda: [packed(64), packed(32)],
     "a layer that is trained": lambda: [lora(packed(64)), nn.Linear(IN, 32)],

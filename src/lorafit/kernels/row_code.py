@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from llvmlite import ir
 
@@ -37,9 +38,10 @@ def _norm(v: RowBuilder, row: ir.Value) -> None:
     v.each(count, scale)
 
 
-def _norm_backward(v: RowBuilder, row: ir.Value) -> None:
+def _norm_backward(v: RowBuilder, row: ir.Value, *, added: bool = False) -> None:
     count, start = v.sdiv(v["width"], I64(LANES)), v.mul(row, v["width"])
     x, dy, dx = (v.place(name, start) for name in ("x", "dy", "dx"))
+    beside = v.place("added", start) if added else None
     inverse = v.splat(v.read(F32, v.place("inverse", row, 4)))
 
     def product(i: ir.Value, sums: Values) -> Values:
@@ -51,7 +53,8 @@ def _norm_backward(v: RowBuilder, row: ir.Value) -> None:
 
     def combine(i: ir.Value, _: Values) -> Values:
         direct = v.fmul(v.fmul(v.get(dy, i), _weight(v, i)), inverse)
-        v.put(v.fsub(direct, v.fmul(v.get(x, i), along)), dx, i)
+        result = v.fsub(direct, v.fmul(v.get(x, i), along))
+        v.put(result if beside is None else v.fadd(v.get(beside, i), result), dx, i)
         return []
 
     v.each(count, combine)
@@ -93,9 +96,12 @@ def _gated(activation: Activation) -> Callable[[RowBuilder, ir.Value], None]:
     return body
 
 
-def _gated_backward(activation: Activation) -> Callable[[RowBuilder, ir.Value], None]:
+def _gated_backward(activation: Activation, *, again: bool = False) -> Callable[[RowBuilder, ir.Value], None]:
+    """With ``again``, what the forward pass gave is computed once more on the way."""
+
     def body(v: RowBuilder, row: ir.Value) -> None:
         start = v.mul(row, v["width"])
+        y = v.place("y", start) if again else None
         gate, up = (v.place(name, v.mul(row, v["distance"])) for name in ("gate", "up"))
         dy, dgate = v.place("dy", start), v.place("both", v.mul(start, I64(2)))
         dup = v.place("both", v.add(v.mul(start, I64(2)), v["width"]))
@@ -105,6 +111,8 @@ def _gated_backward(activation: Activation) -> Callable[[RowBuilder, ir.Value], 
             value, slope = activation(v, v.get(gate, i))
             v.put(v.fmul(v.fmul(grad, other), slope), dgate, i)
             v.put(v.fmul(grad, value), dup, i)
+            if y is not None:
+                v.put(v.fmul(value, other), y, i)
             return []
 
         v.each(v.sdiv(v["width"], I64(LANES)), one)
@@ -304,15 +312,22 @@ _SCORES = ("lengths", "per_document", "queries", "first_query", "keys", "first_k
 _ACTIVATIONS = {"silu": _silu, "gelu": _gelu}
 
 NORM = RowOperation("norm", ("x", "weight", "eps", "width", "y", "inverse"), _norm)
-NORM_BACKWARD = RowOperation("norm_backward", ("dy", "x", "weight", "inverse", "width", "dx"), _norm_backward)
+_NORM_BACKWARD = ("dy", "x", "weight", "inverse", "width", "dx")
+NORM_BACKWARD = RowOperation("norm_backward", _NORM_BACKWARD, _norm_backward)
+NORM_BACKWARD_ADDED = RowOperation(
+    "norm_backward_added", (*_NORM_BACKWARD, "added"), partial(_norm_backward, added=True)
+)
 GATED = {
     name: RowOperation(f"gated_{name}", ("gate", "up", "distance", "width", "y"), _gated(activation))
     for name, activation in _ACTIVATIONS.items()
 }
+_GATED_BACKWARD = ("dy", "gate", "up", "distance", "width", "both")
 GATED_BACKWARD = {
-    name: RowOperation(
-        f"gated_{name}_backward", ("dy", "gate", "up", "distance", "width", "both"), _gated_backward(activation)
-    )
+    name: RowOperation(f"gated_{name}_backward", _GATED_BACKWARD, _gated_backward(activation))
+    for name, activation in _ACTIVATIONS.items()
+}
+GATED_AGAIN = {
+    name: RowOperation(f"gated_{name}_again", (*_GATED_BACKWARD, "y"), _gated_backward(activation, again=True))
     for name, activation in _ACTIVATIONS.items()
 }
 CROSS_ENTROPY = RowOperation("cross_entropy", ("logits", "targets", "width", "totals", "gaps"), _cross_entropy)

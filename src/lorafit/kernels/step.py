@@ -39,50 +39,70 @@ def serves(x: Tensor, *widths: int) -> bool:
     return is_available() and x.device.type == "cpu" and fits
 
 
-def norm(x: Tensor, factors: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def norm(x: Tensor, factors: Tensor, eps: float, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """x·factors/√(mean(x²) + eps) over rows.
 
     Args:
         x: [rows, width].
         factors: float32 [width].
         eps: Keeps the root from zero.
+        out: Where the result goes.
 
     Returns:
         The result, and the inverse roots, float32 [rows], for the backward pass.
     """
-    y, inverse = torch.empty_like(x), torch.empty(len(x))
+    y, inverse = torch.empty_like(x) if out is None else out, torch.empty(len(x))
     row_code.NORM(len(x), x.shape[1], x.dtype, x, factors, float(eps), x.shape[1], y, inverse)
     return y, inverse
 
 
-def norm_backward(dy: Tensor, x: Tensor, factors: Tensor, inverse: Tensor) -> Tensor:
-    """The gradient of ``norm`` with respect to x."""
+def norm_backward(dy: Tensor, x: Tensor, factors: Tensor, inverse: Tensor, added: Tensor | None = None) -> Tensor:
+    """The gradient of ``norm`` with respect to x, and something added to it."""
     dx = torch.empty_like(x)
-    row_code.NORM_BACKWARD(len(x), x.shape[1], x.dtype, dy, x, factors, inverse, x.shape[1], dx)
+    arguments = dy, x, factors, inverse, x.shape[1], dx
+    if added is None:
+        row_code.NORM_BACKWARD(len(x), x.shape[1], x.dtype, *arguments)
+    else:
+        row_code.NORM_BACKWARD_ADDED(len(x), x.shape[1], x.dtype, *arguments, added)
     return dx
 
 
-def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+def gated(gate: Tensor, up: Tensor, activation: str, out: Tensor | None = None) -> Tensor:
     """activation(gate)·up; ``silu``, or ``gelu`` in its tanh approximation.
 
     Args:
         gate: [rows, width], with any distance between rows.
         up: The same, with the same.
         activation: Which.
+        out: Where the result goes.
     """
-    y = gate.new_empty(gate.shape)
+    y = gate.new_empty(gate.shape) if out is None else out
     arguments = _apart(gate), _apart(up), _distance(gate, up), y.shape[1], y
     row_code.GATED[activation](len(y), y.shape[1], y.dtype, *arguments)
     return y
 
 
-def gated_backward(dy: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
-    """The gradients of ``gated`` with respect to gate and up, the columns of one tensor."""
+def gated_backward(
+    dy: Tensor, gate: Tensor, up: Tensor, activation: str, *, out: Tensor | None = None, again: Tensor | None = None
+) -> Tensor:
+    """The gradients of ``gated`` with respect to gate and up, beside one another: [rows, 2·width].
+
+    Args:
+        dy: The gradient of the result, [rows, width].
+        gate: As it was.
+        up: As it was.
+        activation: Which.
+        out: Where the gradients go.
+        again: Where the result of ``gated`` goes once more, if somebody needs it.
+    """
     rows, width = dy.shape
-    both = dy.new_empty(rows, 2 * width)
+    both = dy.new_empty(rows, 2 * width) if out is None else out
     arguments = dy, _apart(gate), _apart(up), _distance(gate, up), width, both
-    row_code.GATED_BACKWARD[activation](rows, width, dy.dtype, *arguments)
-    return both[:, :width], both[:, width:]
+    if again is None:
+        row_code.GATED_BACKWARD[activation](rows, width, dy.dtype, *arguments)
+    else:
+        row_code.GATED_AGAIN[activation](rows, width, dy.dtype, *arguments, again)
+    return both
 
 
 def _apart(rows: Tensor) -> int:

@@ -26,7 +26,7 @@ from lorafit.merging.engine import HELD_OUT_FILE
 from lorafit.models.base import Base
 from lorafit.models.directory import merges
 from lorafit.models.load import load_base
-from lorafit.modules import PackedExperts, PackedLinear, PackedWeight, QALoRALinear
+from lorafit.modules import PackedExperts, PackedWeight
 from lorafit.training.setup import fit_length
 
 DEFAULT_TOLERANCE = 0.05  # nats per token of held-out loss
@@ -122,15 +122,14 @@ class HeldOutRows:
 
 @contextmanager
 def _pages_released(model: nn.Module) -> Iterator[None]:
-    """Give the pages of a mapped weight back once it was used, so that no model takes memory as a whole."""
+    """Give the pages of mapped experts back once they were used, as linear layers do by themselves."""
 
     def after(module: nn.Module, *_: object) -> None:
         for part in module.modules():
             if isinstance(part, PackedWeight):
                 release(part.blocks)
 
-    kinds = PackedLinear, PackedExperts, QALoRALinear
-    handles = [part.register_forward_hook(after) for part in model.modules() if isinstance(part, kinds)]
+    handles = [part.register_forward_hook(after) for part in model.modules() if isinstance(part, PackedExperts)]
     try:
         yield
     finally:

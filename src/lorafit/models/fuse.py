@@ -1,26 +1,32 @@
 """A model of transformers with the element-wise work of its layers fused.
 
-Norms, gated products and attention are replaced, instance by instance, by objects of a subclass that share all state of
-the original: parameters keep their names, and whatever the fused code does not serve (another device or type, a padded
-batch, a cache) goes to the code of transformers as before.
+Norms, gated products, attention and whole decoder layers are replaced, instance by instance, by objects of a subclass
+that share all state of the original: parameters keep their names, and whatever the fused code does not serve (another
+device or type, a padded batch, a cache, an adapter that is more than an update) goes to the code of transformers as
+before.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lorafit.containers.mapped import mapped_files
 from lorafit.kernels import step
-from lorafit.modules import attention, fused
+from lorafit.modules import attention, fused, layer
 from lorafit.modules.packed import chooses_type
-from lorafit.modules.shared import apply_all, lay_together
+from lorafit.modules.shared import apply_all, is_watched, known_part, lay_together
 
 # The activations that gated products have, by the name in a model's configuration.
 _ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu"}
+
+# Decoder layers that are x + attention(norm(x)) and then x + mlp(norm(x)), and nothing else.
+_PLAIN_LAYERS = {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "SmolLM3DecoderLayer"}
 
 
 def fuse(model: PreTrainedModel) -> PreTrainedModel:
@@ -37,6 +43,8 @@ def fuse(model: PreTrainedModel) -> PreTrainedModel:
             replaced.gate_activation = _ACTIVATIONS[activation]
         elif kind.endswith("Attention") and hasattr(module, "q_proj") and not _softcap(module):
             replaced = _as(module, _Attention)
+        elif kind in _PLAIN_LAYERS:
+            replaced = _as(module, _DecoderLayer)
         else:
             continue
         model.set_submodule(name, replaced)
@@ -70,14 +78,19 @@ def _subclass(original: type, mixin: type) -> type:
 
 class _Norm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
+        frozen = self.frozen(x)
+        return super().forward(x) if frozen is None else fused.norm(x, frozen.factors, frozen.eps)
+
+    def frozen(self, x: Tensor) -> layer.Norm | None:
+        """The norm in numbers, if the fused code serves it on x."""
         weight: Any = self.weight
         if weight.requires_grad or weight.dtype != x.dtype or not step.serves(x, x.shape[-1]):
-            return super().forward(x)
+            return None
         factors = weight.float()
         if type(self).__name__.startswith("Gemma"):
             factors = factors + 1.0
         eps: Any = self.eps if hasattr(self, "eps") else self.variance_epsilon
-        return fused.norm(x, factors, eps)
+        return layer.Norm(factors, eps)
 
 
 class _GatedMLP(nn.Module):
@@ -96,23 +109,56 @@ class _Attention(nn.Module):
     side_by_side = ("q_proj", "k_proj", "v_proj")
 
     def forward(self, hidden_states: Tensor, position_embeddings: Any = None, *rest: Any, **named: Any) -> Any:
-        lengths = named.get("document_lengths")
-        dim: Any = self.head_dim
-        scale: Any = self.scaling
-        angles = position_embeddings if getattr(self, "use_rope", True) else None
-        half = dim // 2 if angles is None else angles[0].shape[-1] // 2
-        if lengths is None or not step.serves(hidden_states, dim, half):
+        how = self.within_documents(hidden_states, position_embeddings, named.get("document_lengths"))
+        if how is None:
             return super().forward(hidden_states, position_embeddings, *rest, **named)
         layers = [self.get_submodule(name) for name in self.side_by_side]
         q, k, v = (each[0] for each in apply_all(layers, hidden_states))
         if hasattr(self, "q_norm"):
             q, k = _normed(self.q_norm, q), _normed(self.k_norm, k)
+        return self.o_proj(attention.attend(q, k, v, how).unsqueeze(0)), None  # type: ignore[operator]
+
+    def within_documents(self, x: Tensor, angles: Any, lengths: Sequence[int] | None) -> attention.Attention | None:
+        """How tokens attend, if that is within documents and the fused code serves it."""
+        dim: Any = self.head_dim
+        scale: Any = self.scaling
+        angles = angles if getattr(self, "use_rope", True) else None
+        half = dim // 2 if angles is None else angles[0].shape[-1] // 2
+        if lengths is None or not step.serves(x, dim, half):
+            return None
         if angles is not None:
-            angles = tuple(each[0].to(q.dtype).contiguous() for each in angles)
-        result = attention.attend(
-            q, k, v, angles, step.side_by_side(tuple(lengths)), dim=dim, scale=scale, window=_window(self)
-        )
-        return self.o_proj(result.unsqueeze(0)), None  # type: ignore[operator]
+            angles = tuple(each[0].to(x.dtype).contiguous() for each in angles)
+        return attention.Attention(angles, step.side_by_side(tuple(lengths)), dim, scale, _window(self))
+
+
+class _DecoderLayer(nn.Module):
+    def forward(self, hidden_states: Tensor, *rest: Any, **named: Any) -> Any:
+        whole = self.whole(hidden_states, **named) if not rest else None
+        if whole is None:
+            return super().forward(hidden_states, *rest, **named)
+        return layer.apply(hidden_states[0], whole).unsqueeze(0)
+
+    def whole(
+        self, x: Tensor, position_embeddings: Any = None, document_lengths: Sequence[int] | None = None, **_: Any
+    ) -> layer.Layer | None:
+        """All that the layer does, if the fused code serves every part of it."""
+        pieces: Any = (self.input_layernorm, self.post_attention_layernorm, self.self_attn, self.mlp)
+        before, after, attend, gated = pieces
+        if torch.is_autocast_enabled(x.device.type) or any(map(is_watched, pieces)) or hasattr(attend, "q_norm"):
+            return None
+        if not all(map(isinstance, pieces, (_Norm, _Norm, _Attention, _GatedMLP))):
+            return None
+        how = attend.within_documents(x, position_embeddings, document_lengths)
+        norms = before.frozen(x), after.frozen(x)
+        names = (
+            *((attend, name) for name in attend.side_by_side), (attend, "o_proj"),
+            *((gated, name) for name in gated.side_by_side), (gated, "down_proj"),
+        )  # fmt: skip
+        parts: list[Any] = [known_part(module.get_submodule(name)) for module, name in names]
+        if how is None or None in norms or None in parts:
+            return None
+        q, k, v, o, gate, up, down = parts
+        return layer.Layer(norms, (q, k, v), o, (gate, up), down, how, gated.gate_activation)
 
 
 def _normed(norm: Any, x: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ Long documents are computed in pieces of queries, each against the keys up to it
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,107 +25,114 @@ from lorafit.kernels.step import LANES, Documents, Scores, pack_heads, softmax_,
 from lorafit.modules.packed import scratch
 
 _PIECE = 256  # queries at a time in a document longer than twice that
-_SCORES = 2**22  # scores at a time: documents beyond are taken in turn, so that memory stays small
 _EVERYTHING = 2**40  # a window that leaves nothing out
-
+_SCORES = 2**22  # scores at a time: documents beyond are taken in turn, so that memory stays small
 Angles = tuple[Tensor, Tensor] | None
 
 
-def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    angles: Angles,
-    documents: tuple[Documents, ...],
-    *,
-    dim: int,
-    scale: float,
-    window: int | None = None,
-) -> Tensor:
+@dataclass(frozen=True)
+class Attention:
+    """How tokens attend.
+
+    Attributes:
+        angles: Cosines and sines of the rotation of queries and keys, see ``pack_heads``; without gradient.
+        documents: All documents, from ``side_by_side``.
+        dim: Size of a head.
+        scale: Factor before the softmax.
+        window: How many tokens a token sees, itself included; None for all before it.
+    """
+
+    angles: Angles
+    documents: tuple[Documents, ...]
+    dim: int
+    scale: float
+    window: int | None = None
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, how: Attention) -> Tensor:
     """Rotate queries and keys, and attend within each document.
 
     Args:
         q: [tokens, heads·dim]; rows of this and the others may be apart, as columns of one tensor are.
         k: [tokens, key heads·dim].
         v: [tokens, key heads·dim].
-        angles: Cosines and sines of the rotation, see ``pack_heads``; without gradient.
-        documents: All documents, from ``side_by_side``.
-        dim: Size of a head.
-        scale: Factor before the softmax.
-        window: How many tokens a token sees, itself included; None for all before it.
+        how: How.
 
     Returns:
         [tokens, heads·dim].
     """
-    return _Attention.apply(q, k, v, angles, documents, dim, scale, window or _EVERYTHING)
+    return _Attention.apply(q, k, v, how)
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, how: Attention, out: Tensor) -> list[Tensor]:
+    """What ``attend`` gives, into ``out``; returns what ``backward`` needs."""
+    kept: list[Tensor] = []
+    for documents in how.documents:
+        packed = _packed(q, k, v, documents, how)
+        result = _like(packed[0], "attended")
+        for piece in _pieces(packed, documents, how):
+            piece.multiply(piece.shares(), piece.values, piece.rows_of(result))
+        unpack_heads(result, documents, None, out)
+        kept += packed
+    return kept
+
+
+def backward(grad: Tensor, kept: Sequence[Tensor], how: Attention, out: Tensor) -> None:
+    """The gradients of queries, keys and values.
+
+    Args:
+        grad: Of the result, [tokens, heads·dim].
+        kept: From ``forward``.
+        how: The same.
+        out: Where they go, beside one another: [tokens, (heads + 2·key heads)·dim].
+    """
+    heads, key_heads, dim = kept[0].shape[1], kept[1].shape[1], how.dim
+    results = out.split([heads * dim, key_heads * dim, key_heads * dim], 1)
+    for place, documents in enumerate(how.documents):
+        packed = kept[3 * place], kept[3 * place + 1], kept[3 * place + 2]
+        dout = pack_heads(grad, documents, heads, None)
+        grads = _backward(packed, dout, documents, how)
+        for each, result, angles in zip(grads, results, (how.angles, how.angles, None), strict=True):
+            unpack_heads(each, documents, angles, result)
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        angles: Angles,
-        batches: tuple[Documents, ...],
-        dim: int,
-        scale: float,
-        window: int,
-    ) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, how: Attention) -> Tensor:
         out = q.new_empty(q.shape)
-        kept: list[Tensor] = []
-        for documents in batches:
-            packed = _packed(q, k, v, documents, angles, dim)
-            result = torch.empty_like(packed[0])
-            for piece in _pieces(packed, documents, scale, window):
-                piece.multiply(piece.shares(), piece.values, piece.rows_of(result))
-            unpack_heads(result, documents, None, out)
-            kept += packed
-        ctx.save_for_backward(*kept)
-        ctx.angles, ctx.batches, ctx.scale, ctx.window = angles, batches, scale, window
+        ctx.save_for_backward(*forward(q, k, v, how, out))
+        ctx.how, ctx.widths = how, [each.shape[1] for each in (q, k, v)]
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        out = grads[0].contiguous()
-        results: Sequence[Tensor] = ()
-        kept = ctx.saved_tensors  # once: asking again would compute a checkpointed layer again
-        for place, documents in enumerate(ctx.batches):
-            packed = kept[3 * place : 3 * place + 3]
-            heads, key_heads, dim = packed[0].shape[1], packed[1].shape[1], packed[0].shape[3]
-            if not results:
-                widths = [heads * dim, key_heads * dim, key_heads * dim]
-                results = out.new_empty(len(out), sum(widths)).split(widths, 1)
-            dout = pack_heads(out, documents, heads, None)
-            for grad, result, angles in zip(
-                _backward(packed, dout, documents, ctx.scale, ctx.window),
-                results,
-                (ctx.angles, ctx.angles, None),
-                strict=True,
-            ):
-                unpack_heads(grad, documents, angles, result)
-        return *results, None, None, None, None, None
+        grad = grads[0].contiguous()
+        out = grad.new_empty(len(grad), sum(ctx.widths))
+        backward(grad, ctx.saved_tensors, ctx.how, out)
+        return *out.split(ctx.widths, 1), None
 
 
-def _packed(q: Tensor, k: Tensor, v: Tensor, documents: Documents, angles: Angles, dim: int) -> list[Tensor]:
-    heads, key_heads = q.shape[1] // dim, k.shape[1] // dim
+def _like(places: Tensor, use: str) -> Tensor:
+    return scratch(tuple(places.shape), places.dtype, places.device, use)
+
+
+def _packed(q: Tensor, k: Tensor, v: Tensor, documents: Documents, how: Attention) -> list[Tensor]:
+    rotations = (how.angles, how.angles, None)
     return [
-        pack_heads(q, documents, heads, angles),
-        pack_heads(k, documents, key_heads, angles),
-        pack_heads(v, documents, key_heads, None),
+        pack_heads(each, documents, each.shape[1] // how.dim, angles)
+        for each, angles in zip((q, k, v), rotations, strict=True)
     ]
 
 
 def _backward(
-    packed: tuple[Tensor, ...], dout: Tensor, documents: Documents, scale: float, window: int
+    packed: tuple[Tensor, ...], dout: Tensor, documents: Documents, how: Attention
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of the packed queries, keys and values."""
-    dq, dk, dv = (torch.empty_like(each) for each in packed)
+    dq, dk, dv = (_like(each, use) for each, use in zip(packed, ("dq", "dk", "dv"), strict=True))
     in_pieces = _queries_at_once(documents.padded) < documents.padded
     # The queries of other pieces add to the gradients of a key, which bfloat16 is too coarse for.
     sums = [torch.zeros(each.shape) for each in (dk, dv)] if in_pieces else [dk, dv]
-    for piece in _pieces(packed, documents, scale, window):
+    for piece in _pieces(packed, documents, how):
         shares, grads = piece.shares(), piece.folded(dout)
         scores = piece.scores("grads")
         torch.bmm(grads, piece.values.transpose(1, 2), out=scores)
@@ -145,21 +153,15 @@ class _Piece:
     """Some documents, some of their queries, and the keys that these may see."""
 
     def __init__(
-        self,
-        packed: tuple[Tensor, ...],
-        which: slice,
-        first: int,
-        last: int,
-        documents: Documents,
-        scale: float,
-        window: int,
+        self, packed: tuple[Tensor, ...], which: slice, first: int, last: int, documents: Documents, how: Attention
     ) -> None:
+        window = how.window or _EVERYTHING
         start = max(0, first - window + 1) // LANES * LANES
         self.which, self.place, self.seen = which, slice(first, last), slice(start, last)
         self.shared = packed[1].shape[1]
         self.queries = self.folded(packed[0])
         self.keys, self.values = (self.keys_of(each) for each in packed[1:])
-        self.meaning = Scores(documents.lengths[which], last - first, first, start, window, scale)
+        self.meaning = Scores(documents.lengths[which], last - first, first, start, window, how.scale)
 
     def keys_of(self, places: Tensor) -> Tensor:
         """What belongs to the keys at hand: [documents·key heads, keys, dim], a view."""
@@ -192,14 +194,14 @@ class _Piece:
         return softmax_(scores, self.meaning)
 
 
-def _pieces(packed: Any, documents: Documents, scale: float, window: int) -> Iterator[_Piece]:
+def _pieces(packed: Any, documents: Documents, how: Attention) -> Iterator[_Piece]:
     count, heads, length, _ = packed[0].shape
     queries = _queries_at_once(length)
     together = max(1, _SCORES // (heads * queries * length))
     for some in range(0, count, together):
         for first in range(0, length, queries):
             last = min(first + queries, length)
-            yield _Piece(packed, slice(some, some + together), first, last, documents, scale, window)
+            yield _Piece(packed, slice(some, some + together), first, last, documents, how)
 
 
 def _queries_at_once(length: int) -> int:

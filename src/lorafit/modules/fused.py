@@ -65,5 +65,5 @@ class _Gated(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         gate, up = ctx.saved_tensors
         dy = grads[0].reshape(gate.shape).contiguous()
-        dgate, dup = step.gated_backward(dy, gate, up, ctx.activation)
+        dgate, dup = step.gated_backward(dy, gate, up, ctx.activation).chunk(2, 1)
         return dgate.view(grads[0].shape), dup.view(grads[0].shape), None

@@ -26,12 +26,22 @@ def rows_at_once(rows: int, inner: int, columns: int) -> int:
     return -(-rows // (pieces * _TILE)) * _TILE
 
 
-def multiply(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
-    """left·right, [rows, inner] by [inner, columns]."""
+def multiply(left: Tensor, right: Tensor, *, out: Tensor | None = None, added_to: Tensor | None = None) -> Tensor:
+    """left·right, [rows, inner] by [inner, columns].
+
+    Args:
+        left: The one.
+        right: The other.
+        out: Where it goes.
+        added_to: What it is added to, in place, instead.
+    """
     if out is None:
-        out = left.new_empty(len(left), right.shape[1])
-    together = rows_at_once(*left.shape, right.shape[1])
+        out = left.new_empty(len(left), right.shape[1]) if added_to is None else added_to
+    together = rows_at_once(len(left), left.shape[1], right.shape[1])
     for start in range(0, len(left), together):
         rows = slice(start, start + together)
-        torch.mm(left[rows], right, out=out[rows])
+        if added_to is None:
+            torch.mm(left[rows], right, out=out[rows])
+        else:
+            out[rows].addmm_(left[rows], right)
     return out

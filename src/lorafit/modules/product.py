@@ -13,7 +13,8 @@ QA-LoRA is in W already, which is unpacked with m + s·B A for offsets. With X̄
 
     dM = dYᵀ X̄        dBᵢ = s·dMᵢ Aᵢᵀ        dAᵢ = s·Bᵢᵀ dMᵢ
 
-Weights are unpacked in either pass and not kept. What is kept for the backward pass is X and H of LoRA, X̄ of QA-LoRA.
+Weights are unpacked in either pass and not kept. What is kept for the backward pass is X and H of LoRA, X̄ of QA-LoRA,
+and the small A and B as they were multiplied.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -73,16 +74,37 @@ def product(x: Tensor, parts: Sequence[Part], z: Tensor | None = None) -> list[T
     Returns:
         [..., out_dim] of each layer; columns of one tensor, unless there are biases.
     """
-    tensors = [tensor for part in parts for tensor in (part.offsets, part.a, part.b)]
-    results = _Product.apply(x, z, _Stack(parts), *tensors)
+    results = _Product.apply(x, z, Stack(parts), *trained(parts))
     return [y if part.bias is None else y + part.bias for y, part in zip(results, parts, strict=True)]
 
 
-class _Stack:
-    """What stays of the layers of a stack; offsets, A and B of each go through autograd beside it, in this order."""
+def trained(parts: Sequence[Part]) -> list[Tensor | None]:
+    """What goes through autograd: offsets, A and B of each layer, in this order."""
+    return [tensor for part in parts for tensor in (part.offsets, part.a, part.b)]
+
+
+class Kept(NamedTuple):
+    """What the gradients of a stack need besides its input, as far as it has adapters of either kind.
+
+    Attributes:
+        h: LoRA's Z·Aᵀ, [rows, all ranks].
+        down: All A, [all ranks, in_dim].
+        up: All s·B, [all out_dim, all ranks].
+        sums: The input summed over blocks, [rows, in_dim / group].
+    """
+
+    h: Tensor | None = None
+    down: Tensor | None = None
+    up: Tensor | None = None
+    sums: Tensor | None = None
+
+
+class Stack:
+    """Linear layers below one another. ``tensors`` everywhere are what ``trained`` gives."""
 
     def __init__(self, parts: Sequence[Part]) -> None:
         self.weights = [part.weight for part in parts]
+        self.biases = [part.bias for part in parts]
         self.scales = [part.scale for part in parts]
         self.columns = _in_turn(weight.shape[0] for weight in self.weights)
         self.ranks = _in_turn(0 if part.a is None or part.group else len(part.a) for part in parts)
@@ -90,6 +112,92 @@ class _Stack:
         self.has_branch = self.ranks[-1].stop > 0
         self.group = max(part.group for part in parts)
         assert all(part.group in (0, self.group) for part in parts)
+
+    def forward(
+        self,
+        x: Tensor,
+        tensors: Sequence[Tensor | None],
+        *,
+        z: Tensor | None = None,
+        out: Tensor | None = None,
+        added_to: Tensor | None = None,
+    ) -> tuple[Tensor, Kept]:
+        """What the layers make of x but for biases, beside one another: [rows, in_dim] -> [rows, all out_dim].
+
+        Args:
+            x: The input.
+            tensors: What is trained.
+            z: What LoRA's A sees, if that is not x.
+            out: Where the result goes.
+            added_to: What the result is added to, in place, instead.
+        """
+        y = multiply(x, self.weight(tensors, x.dtype, x.device).T, out=out, added_to=added_to)
+        h = down = up = None
+        if self.has_branch:
+            down, up = self.branch(tensors, x.dtype)
+            h = (x if z is None else z) @ down.T
+            y.addmm_(h, up.T)
+        # The sums are all that QA-LoRA's gradient needs of x, and 1/group of its size.
+        return y, Kept(h, down, up, _group_sums(x, self.group) if self.group else None)
+
+    def branch_gradient(self, grad: Tensor, kept: Kept) -> Tensor | None:
+        """Of H, [rows, all ranks], if there is LoRA, from that of the result [rows, all out_dim]."""
+        return None if kept.up is None else grad @ kept.up
+
+    def input_gradient(
+        self,
+        grad: Tensor,
+        dh: Tensor | None,
+        kept: Kept,
+        tensors: Sequence[Tensor | None],
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """Of x, [rows, in_dim].
+
+        Args:
+            grad: Of the result.
+            dh: Of H; None if A does not see x.
+            kept: From ``forward``.
+            tensors: What is trained.
+            out: Where it goes.
+        """
+        dx = multiply(grad, self.weight(tensors, grad.dtype, grad.device), out=out)
+        return dx if dh is None or kept.down is None else dx.addmm_(dh, kept.down)
+
+    def gradients(
+        self, grad: Tensor, dh: Tensor | None, z: Tensor | None, kept: Kept, tensors: Sequence[Any]
+    ) -> Iterator[Tensor | None]:
+        """Of ``tensors``.
+
+        Args:
+            grad: Of the result.
+            dh: Of H.
+            z: What LoRA's A saw; None if there is none.
+            kept: From ``forward``.
+            tensors: What is trained.
+        """
+        if dh is not None and kept.h is not None and z is not None:
+            da, db = dh.T @ z, kept.h.T @ grad  # which a CPU has faster than gradᵀ·h
+        if kept.sums is not None:
+            dm = kept.sums.T @ grad
+        for place, (columns, ranks, scale) in enumerate(zip(self.columns, self.ranks, self.scales, strict=True)):
+            _, a, b = tensors[3 * place : 3 * place + 3]
+            yield None
+            if a is None:
+                yield from (None, None)
+            elif ranks.start < ranks.stop:
+                yield da[ranks].to(a.dtype)
+                yield torch.empty_like(b).copy_(db[ranks, columns].T).mul_(scale)
+            else:
+                of_offsets = dm[:, columns].T.to(a.dtype)
+                yield (b.T @ of_offsets).mul_(scale)
+                yield (of_offsets @ a.T).mul_(scale)
+
+    def add_biases(self, y: Tensor) -> None:
+        """Add them to what ``forward`` gave, in place."""
+        for columns, bias in zip(self.columns, self.biases, strict=True):
+            if bias is not None:
+                y[:, columns] += bias
 
     def weight(self, tensors: Sequence[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
         """The weights below one another, [all out_dim, in_dim]; valid until the next one is unpacked."""
@@ -116,28 +224,6 @@ class _Stack:
             up[self.columns[place], self.ranks[place]] = tensors[3 * place + 2] * self.scales[place]
         return down, up
 
-    def gradients(self, tensors: Sequence[Any], da: Any, db: Any, dm: Any) -> Iterator[Tensor | None]:
-        """Of offsets, A and B of each layer, from what the products gave.
-
-        Args:
-            tensors: Offsets, A and B of each layer.
-            da: Of all A of LoRA, [all ranks, in_dim].
-            db: Of all B, [all ranks, all out_dim].
-            dm: Of all offsets, [in_dim / group, all out_dim].
-        """
-        for place, (columns, ranks, scale) in enumerate(zip(self.columns, self.ranks, self.scales, strict=True)):
-            _, a, b = tensors[3 * place : 3 * place + 3]
-            yield None
-            if a is None:
-                yield from (None, None)
-            elif ranks.start < ranks.stop:
-                yield da[ranks].to(a.dtype)
-                yield torch.empty_like(b).copy_(db[ranks, columns].T).mul_(scale)
-            else:
-                of_offsets = dm[:, columns].T.to(a.dtype)
-                yield (b.T @ of_offsets).mul_(scale)
-                yield (of_offsets @ a.T).mul_(scale)
-
 
 def _in_turn(lengths: Iterable[int]) -> list[slice]:
     """Where things of these lengths are that follow one another."""
@@ -147,42 +233,26 @@ def _in_turn(lengths: Iterable[int]) -> list[slice]:
 
 class _Product(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, z: Tensor | None, stack: _Stack, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, x: Tensor, z: Tensor | None, stack: Stack, *tensors: Tensor | None) -> tuple[Tensor, ...]:
         rows = x.reshape(-1, x.shape[-1])
-        y = multiply(rows, stack.weight(tensors, x.dtype, x.device).T)
-        inputs = h = sums = None
-        if stack.has_branch:
-            inputs = rows if z is None else z.reshape(rows.shape)
-            down, up = stack.branch(tensors, x.dtype)
-            h = inputs @ down.T
-            y.addmm_(h, up.T)
-        if stack.group:
-            # The sums are all that the adapter's gradient needs of x, and 1/group of its size.
-            sums = _group_sums(rows, stack.group)
-        ctx.save_for_backward(inputs, h, sums, *tensors)
+        seen = None if z is None else z.reshape(rows.shape)
+        y, kept = stack.forward(rows, tensors, z=seen)
+        inputs = (rows if seen is None else seen) if stack.has_branch else None
+        ctx.save_for_backward(inputs, *kept, *tensors)
         ctx.stack, ctx.shape, ctx.dropped = stack, x.shape, z is not None
         return tuple(y[:, columns].view(*x.shape[:-1], -1) for columns in stack.columns)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        inputs, h, sums, *tensors = ctx.saved_tensors
-        stack = ctx.stack
+        saved, stack = ctx.saved_tensors, ctx.stack
+        inputs, kept, tensors = saved[0], Kept(*saved[1:5]), saved[5:]
         grad = _side_by_side([each.reshape(-1, each.shape[-1]) for each in grads])
-        dx = dz = da = db = dm = None
+        dh, dx, dz = stack.branch_gradient(grad, kept), None, None
         if ctx.needs_input_grad[0]:
-            dx = multiply(grad, stack.weight(tensors, grad.dtype, grad.device))
-        if h is not None:
-            down, up = stack.branch(tensors, grad.dtype)
-            dh = grad @ up
-            da, db = dh.T @ inputs, h.T @ grad  # which a CPU has faster than gradᵀ·h
-            if ctx.dropped:
-                dz = (dh @ down).view(ctx.shape)
-            elif dx is not None:
-                dx.addmm_(dh, down)
-        if sums is not None:
-            dm = sums.T @ grad
-        results = stack.gradients(tensors, da, db, dm)
-        return None if dx is None else dx.view(ctx.shape), dz, None, *results
+            dx = stack.input_gradient(grad, None if ctx.dropped else dh, kept, tensors).view(ctx.shape)
+        if ctx.dropped and dh is not None:
+            dz = (dh @ kept.down).view(ctx.shape)
+        return dx, dz, None, *stack.gradients(grad, dh, inputs, kept, tensors)
 
 
 def _side_by_side(parts: Sequence[Tensor]) -> Tensor:

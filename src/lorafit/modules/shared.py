@@ -21,7 +21,7 @@ def apply_all(layers: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
     It does while training, for layers whose adapters, if any, are known to be nothing but an update of the weight. No
     other layer, and none that somebody watches, is passed by.
     """
-    parts = [_part(layer) for layer in layers] if torch.is_grad_enabled() else [None]
+    parts = [known_part(layer) for layer in layers] if torch.is_grad_enabled() else [None]
     known = [part for part in parts if part is not None]
     groups = {part.group for part in known if part.group}
     if len(known) < len(layers) or len(groups) > 1 or all(part.a is None for part in known):
@@ -49,20 +49,23 @@ def lay_together(layers: Sequence[nn.Module], files: Sequence[range] = ()) -> No
             release(original, files)
 
 
-def _part(layer: nn.Module) -> Part | None:
-    if _is_watched(layer):
+def known_part(layer: nn.Module) -> Part | None:
+    """The layer as ``product`` takes it; None if that would pass by something that it does or that somebody watches."""
+    if is_watched(layer):
         return None
     if type(layer) in (PackedLinear, nn.Linear):
         trained = any(parameter.requires_grad for parameter in layer.parameters())
         return None if trained else frozen_part(layer)
+    if isinstance(layer, AdapterModule) and not layer.enabled:
+        return known_part(layer.base)
     if not isinstance(layer, LoRALinear | QALoRALinear) or type(layer) not in (LoRALinear, QALoRALinear):
         return None
-    if not layer.enabled or _is_watched(layer.base) or type(layer.base) not in (PackedLinear, nn.Linear):
+    if is_watched(layer.base) or type(layer.base) not in (PackedLinear, nn.Linear):
         return None
     has_dropout = isinstance(layer, LoRALinear) and layer.dropout and layer.training
     return None if has_dropout else layer.part()
 
 
-def _is_watched(layer: nn.Module) -> bool:
+def is_watched(layer: nn.Module) -> bool:
     """Whether calling it calls somebody else too."""
     return any((layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks))
