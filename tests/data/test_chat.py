@@ -97,7 +97,10 @@ class TestSmolLM2:
 
     def test_many_are_encoded_as_one_by_one(self, smollm2: Any) -> None:
         tokenizer, _, _ = smollm2
-        examples = [example("a", "b"), example("c", "\nd", "e", " f", system="s"), example("a", "b")]
+        examples = [
+            *(example("a", "b"), example("a", "c"), example("a", "c", system="s"), example("a", "c", "a", "b")),
+            *(example("c", "\nd", "e", " f", system="s"), example("a", "b")),
+        ]
         assert encode_all(examples, tokenizer) == [encode(row, tokenizer) for row in examples]
         assert encode_all([], tokenizer) == []
 

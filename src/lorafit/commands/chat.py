@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 from lorafit.commands.console import Console
+from lorafit.commands.importing import import_for_good
 from lorafit.commands.generate import Sampling
 from lorafit.errors import DataError
 
@@ -35,6 +36,7 @@ def chat_command(
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401
 
+    import_for_good("lorafit.models.load")
     from lorafit.models.load import load
 
     console = Console()

@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from lorafit.commands.console import Console
+from lorafit.commands.importing import import_for_good
 from lorafit.errors import ConfigError, DataError, ModelError
 
 if TYPE_CHECKING:
@@ -131,6 +132,7 @@ def evaluate_command(
         shots_from: The file whose first rows are these examples, for example the training data.
         json: Print one JSON document on stdout; the text goes to stderr.
     """
+    import_for_good("lorafit.models.load")
     console = Console(json=json)
     results = evaluate(model, data, adapter=adapter, shots=shots, shots_from=shots_from, console=console)
     rows = [(name, m.loss, m.perplexity, f"{m.token_accuracy:.1%}", m.tokens) for name, m in results.items()]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from lorafit.commands.console import Console
+from lorafit.commands.importing import import_for_good
 from lorafit.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -95,6 +96,7 @@ def generate_command(
     if not text.strip():
         raise ConfigError("the prompt is empty; say something")
 
+    import_for_good("lorafit.models.load")
     from lorafit.models.load import load
 
     console = Console()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 
 from lorafit.commands.console import Console
+from lorafit.commands.importing import import_for_good
 from lorafit.errors import ConfigError
 
 _SHOWN_SOURCES = 10
@@ -27,6 +28,7 @@ def preview_command(
     if max_length is not None and max_length < 1:
         raise ConfigError(f"--max-length is {max_length}, but must be at least 1")
 
+    import_for_good("lorafit.models.load")
     from lorafit.data.chat import encode_all
     from lorafit.data.preview import lengths, pieces, too_long
     from lorafit.data.readers import read_examples

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 from lorafit.commands.console import Console, readable_bytes, readable_seconds
+from lorafit.commands.importing import import_for_good
 from lorafit.config import TrainConfig
 from lorafit.errors import ConfigError, MissingFileError
 
@@ -195,6 +196,7 @@ def train_command(
     console = Console(json=json)
     if dry_run and resume is not None:
         raise ConfigError("--dry-run and --resume exclude each other; give one")
+    import_for_good("lorafit.training.run")
     if dry_run:
         console.result(estimate(config, console=console).as_dict())
         return

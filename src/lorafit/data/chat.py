@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 from jinja2 import TemplateError, TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
@@ -136,11 +136,15 @@ class _Encoder:
         # A digit: no pre-tokeniser joins one to the character before it.
         anchor, anchored, bare = self.ids([_ANCHOR, _ANCHOR + "0", "0"])
         self.adds_space = anchored[len(anchor) :] != bare
+        self._asked: tuple[Sequence[Message], str] = (), ""
 
     def ids(self, texts: list[str]) -> list[list[int]]:
         if not texts:
             return []
-        return self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False).input_ids
+        distinct = list(dict.fromkeys(texts))  # rows have questions and endings in common
+        options: dict[str, Any] = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
+        found = dict(zip(distinct, self.tokenizer(distinct, **options).input_ids, strict=True))
+        return [found[text] for text in texts]
 
     def cut(self, example: Example) -> list[str]:
         """The text in pieces, in turn what is not trained and what is."""
@@ -155,7 +159,7 @@ class _Encoder:
                         f"{example.source}: message {i + 1} contains {ending}, at which every answer ends; remove it, "
                         "the chat template writes it"
                     )
-            prompt = _render(example.messages[:i], self.tokenizer, asking=True, source=example.source)
+            prompt = self.prompt(example.messages[:i], example.source)
             whole = _render(example.messages[: i + 1], self.tokenizer, asking=False, source=example.source)
             if not (prompt.startswith(done) and whole.startswith(prompt)):
                 remedy = "put each answer in a row of its own" if done else "use another model or template"
@@ -173,6 +177,12 @@ class _Encoder:
             pieces += [rest + prompt[len(done) :], answer[: min(ends)]]
             rest, done = answer[min(ends) :], whole
         return [*pieces, rest]
+
+    def prompt(self, messages: Sequence[Message], source: str) -> str:
+        """The text that asks for an answer; rows with several answers to one question tend to follow one another."""
+        if messages != self._asked[0]:
+            self._asked = messages, _render(messages, self.tokenizer, asking=True, source=source)
+        return self._asked[1]
 
     def tokenize(self, texts: list[list[str]]) -> list[list[list[int]]]:
         """Token ids of the pieces of each text, those of the first with its bos token."""
