@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 from lorafit.commands.console import Console
-from lorafit.commands.importing import import_for_good
 from lorafit.commands.generate import Sampling
+from lorafit.commands.importing import import_for_good
 from lorafit.errors import DataError
 
 if TYPE_CHECKING:

@@ -1,9 +1,9 @@
 """Importing what a command needs, fast.
 
 Python looks for garbage among all objects whenever their number has grown by a quarter. torch and transformers bring
-360,000 that stay to the end, and looking through them again and again is an eighth of the time that importing them takes,
-and some of the time after it. So it is not done while they are imported, and they are left out of it from then on.
-What is garbage soon, which is nearly all of it, is found among the newest objects as ever.
+360,000 that stay to the end, and looking through them again and again is an eighth of the time that importing them
+takes, and some of the time after it. So it is not done while they are imported, and they are left out of it from then
+on. What is garbage soon, which is nearly all of it, is found among the newest objects as ever.
 
 Leaving out is for whoever owns the process, so commands do it and not what they call.
 """
