@@ -56,11 +56,12 @@ def test_of_a_run(
     ours = logits(lorafit.load(run, compute="fp32")[0])
     theirs = logits(PeftModel.from_pretrained(tiny.dense(), output))
     if method == "qalora":
-        # Only the rounding of m' to half precision is between them: measured 4e-3 in the mean on logits of size 10.
+        # Only the rounding of m' to half precision is between them. It moves logits by 1e-3 and 3e-3 in the mean
+        # and the loss by 2e-4 and 9e-4, without and with LoRA; what was learnt moves logits by 0.05 at least.
         assert float((theirs - ours).abs().mean()) < 0.01
         assert len(found["differs_by"]) == 1
         assert "rounding of the trained offsets" in found["differs_by"][0]
-        assert found["held_out"]["file_loss"] == pytest.approx(found["held_out"]["run_loss"], abs=5e-3)
+        assert found["held_out"]["file_loss"] == pytest.approx(found["held_out"]["run_loss"], abs=2e-3)
     else:
         # float32 through two layers: measured 1e-5.
         torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-4)

@@ -1,4 +1,4 @@
-"""Memory while a model is exported: its file, which is mapped, and a few times the largest tensor."""
+"""Memory while a model is exported: a few times its largest tensor, however many there are."""
 
 import sys
 from pathlib import Path
@@ -9,7 +9,9 @@ from lorafit.commands.export import export
 from tests.oracles.memory import memory_of
 from tests.oracles.tiny_gguf import write_tiny_llama
 
-MARGIN = 20_000_000  # for what an allocator keeps
+LARGEST = 4 * 512 * 2048  # bytes of the largest tensor as float32
+# Names, modules and pages of a file: measured 0.2 MB for each layer on top of the tensors, and there are four.
+MARGIN = 2_000_000
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a peak counts what is cached")
@@ -17,23 +19,23 @@ def test_a_model_is_unpacked_tensor_by_tensor(tmp_path: Path) -> None:
     small, large = str(tmp_path / "small.gguf"), str(tmp_path / "large.gguf")
     write_tiny_llama(Path(small))
     write_tiny_llama(Path(large), hidden=512, intermediate=2048, layers=4)
-    mapped = Path(large).stat().st_size
     export = "export({!r}, {!r})"
     grown = memory_of(
         export.format(large, str(tmp_path / "out")),
         before=f"from lorafit.commands.export import export\n{export.format(small, str(tmp_path / 'first'))}",
+        spare=False,
     )
     total = (tmp_path / "out" / "model.safetensors").stat().st_size
-    # Unpacked, as it was written, and rounded to compare it.
-    limit = mapped + 3 * 4 * 512 * 2048 + MARGIN
-    assert limit < 0.7 * total, "a copy of the whole would be seen"
+    # Unpacked, as it was written, and rounded to compare it: measured 10.5 MB.
+    limit = 3 * LARGEST + MARGIN
+    assert limit < 0.25 * total, "a copy of the whole would be seen"
     assert grown <= limit
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a peak counts what is cached")
 def test_a_gguf_file_is_written_tensor_by_tensor(tmp_path: Path) -> None:
     """From a directory, and that file from itself: not even what is mapped is in memory as a whole."""
-    for name, sizes in (("small", {}), ("large", {"hidden": 512, "intermediate": 2048, "layers": 16})):
+    for name, sizes in (("small", {}), ("large", {"hidden": 512, "intermediate": 2048, "layers": 4})):
         write_tiny_llama(tmp_path / f"{name}.gguf", **sizes)
         export(str(tmp_path / f"{name}.gguf"), str(tmp_path / name))
 
@@ -49,10 +51,10 @@ def test_a_gguf_file_is_written_tensor_by_tensor(tmp_path: Path) -> None:
         before="from lorafit.commands.export import export\n"
         "from lorafit.exporting import gguf_certificate\n"
         "gguf_certificate.available = lambda: False  # llama.cpp has its own memory\n" + both("small"),
+        spare=False,
     )
     total = (tmp_path / "large-f32.gguf").stat().st_size
-    largest = 4 * 512 * 2048
-    # Sixteen layers take no more than eight: what comes on top of the largest tensor is the process's own.
-    limit = 3 * largest + 2.5 * MARGIN
-    assert limit < 0.25 * total, "a copy of the whole would be seen, and even a mapped one"
+    # Compared, it is there as it lies in both files and as it is unpacked from both: measured 17.5 MB.
+    limit = 4 * LARGEST + MARGIN
+    assert limit < 0.3 * total, "a copy of the whole would be seen, and even a mapped one"
     assert grown <= limit
