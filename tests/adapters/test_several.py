@@ -248,14 +248,18 @@ def test_disabling_restores_what_was_before(tiny: TinyLlama, folder: Path, alone
     one.enabled = True
     # Whatever happens inside, even a switch or an error.
     with adapters.disabled():
-        adapters.use("qalora")
-        assert torch.equal(logits(model), alone["qalora"])
+        assert adapters.active is None
+        for name in ("qalora", "wide", None):
+            adapters.use(name)
+            assert torch.equal(logits(model), alone[name])
     assert torch.equal(logits(model), alone["wide"])
     with pytest.raises(IndexError), adapters.disabled():
         logits(model, torch.tensor([[320]]))
     assert adapters.active == "wide"
     assert torch.equal(logits(model), alone["wide"])
-    adapters.use(None)
+    with adapters.disabled():
+        adapters.remove("wide")
+    assert adapters.active is None
     with adapters.disabled():
         pass
     assert torch.equal(logits(model), alone[None])
@@ -398,6 +402,9 @@ def test_adding_what_does_not_fit_changes_nothing(tiny: TinyLlama, folder: Path,
     saved(larger, tmp_path / "larger", LoRA(rank=2), base=str(tiny.path), base_sha256=digest)
     with pytest.raises(AdapterError, match="does not fit the model"):
         adapters.add("larger", tmp_path / "larger")
+    source: Any = 3
+    with pytest.raises(ConfigError, match=r"from a directory or from settings such as .* given as int"):
+        adapters.add("number", source)
     for unknown in (adapters.use, adapters.remove):
         with pytest.raises(AdapterError, match="there is no adapter 'gone'; there are wide"):
             unknown("gone")

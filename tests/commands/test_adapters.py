@@ -97,6 +97,19 @@ def test_show_has_the_norm_of_every_update(folder: Path, capsys: pytest.CaptureF
     assert "no such file; is" in refused(capsys, "show", str(folder / "notes"))
 
 
+def test_what_is_no_update_is_named_in_groups(
+    tiny: TinyLlama, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = LoRA(rank=2, dora=True, modules_to_save=("lm_head",))
+    saved(tiny, folder / "dora", config, seed=4, base=str(tiny.path), base_sha256=fingerprint(tiny.path))
+    assert len(document(capsys, "show", str(folder / "dora"))["others"]) == 2 * 7 + 1
+    for words in (["show", str(folder / "dora")], ["diff", str(folder / "dora"), str(folder / "run")]):
+        assert main(["adapters", *words]) == 0
+        said = " ".join(capsys.readouterr().out.split())
+        assert "others base_model.model.lm_head.weight, 2 × mlp.down_proj.lora_magnitude_vector, 2 × mlp.gate" in said
+        assert said.count("lora_magnitude_vector") == 7
+
+
 def test_diff_is_that_of_the_matrices(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = document(capsys, "diff", str(folder / "alone"), str(folder / "run"))
     assert found["settings"]["scaling"] == ["rslora", "standard"]

@@ -24,7 +24,7 @@ from lorafit.adapters.pretrained import attach, origin_of, record_of
 from lorafit.adapters.updates import adapter_directory
 from lorafit.config import AdapterConfig, LoRA
 from lorafit.errors import AdapterError, ConfigError
-from lorafit.modules import AdapterModule, Coverage, LoRALinear, adapter_modules, adapters_disabled
+from lorafit.modules import AdapterModule, Coverage, LoRALinear, adapter_modules
 from lorafit.modules.lora_rows import LoRARows
 
 
@@ -81,6 +81,7 @@ class Adapters:
 
         Raises:
             AdapterError: The name is taken, or the adapter was trained on another base or does not fit.
+            ConfigError: The source is neither a directory nor settings.
             MissingFileError: It is not there.
 
         Warns:
@@ -88,6 +89,11 @@ class Adapters:
         """
         if name in self._named:
             raise AdapterError(f"there is an adapter {name!r} already; remove it, or choose another name")
+        if not isinstance(source, str | Path | AdapterConfig):
+            raise ConfigError(
+                f"the adapter {name!r} is to come from a directory or from settings such as lorafit.LoRA(rank=16), but "
+                f"was given as {type(source).__name__}"
+            )
         if isinstance(source, str | Path):
             source = adapter_directory(source)
             self._check_base(read_record(source), source)
@@ -122,13 +128,12 @@ class Adapters:
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """Inside, the model computes what the base computes; afterwards what it did before, whatever that was."""
-        before = self._current()
-        try:
-            with adapters_disabled(self.model):
-                yield
-        finally:
-            self._place(before)
+        """Inside, the model computes what the base computes, unless an adapter is put to use there.
+
+        Afterwards it computes what it did before, whatever that was; if that adapter was removed, what the base does.
+        """
+        with self._instead(_Placed({})):
+            yield
 
     @contextmanager
     def rows(self, names: Sequence[str | None]) -> Iterator[None]:
@@ -153,12 +158,19 @@ class Adapters:
             picked = [those.index(name) if name in those else None for name in names]
             adapters = [used[name][layer] for name in those]
             modules[layer] = LoRARows(adapters[0].base, adapters, picked)
+        with self._instead(_Placed(modules, _refuse_to_save)):
+            yield
+
+    @contextmanager
+    def _instead(self, placed: _Placed) -> Iterator[None]:
+        """Inside, something else stands in the model; afterwards what did before, unless it was removed."""
         before = self._current()
-        self._place(_Placed(modules, _refuse_to_save))
+        self._place(placed)
         try:
             yield
         finally:
-            self._place(before)
+            is_there = before.name is None or self._named.get(before.name) is before
+            self._place(before if is_there else _Placed({}))
 
     def _find(self, name: str) -> _Placed:
         if name not in self._named:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import App, Parameter
 
-from lorafit.commands.console import Console, readable_bytes
+from lorafit.commands.console import Console, readable_bytes, readable_names
 from lorafit.config import Combination
 from lorafit.errors import AdapterError, ConfigError, LorafitError, MissingFileError, OutputExistsError
 
@@ -158,9 +158,10 @@ def show_command(adapter: str, /, *, json: bool = False) -> None:
     if combined := shown.pop("combined", None):
         parts = " + ".join(f"{part['weight']:g} × {part['path']}" for part in combined["of"])
         shown["combined"] = f"by {combined['method']} from {parts}"
-    for name in ("ranks", "scales", "others"):
-        if name in shown:
-            shown[name] = ", ".join(f"{value:g}" if isinstance(value, float) else str(value) for value in shown[name])
+    for name in ("ranks", "scales"):
+        shown[name] = ", ".join(f"{value:g}" for value in shown[name])
+    if others := shown.get("others"):
+        shown["others"] = readable_names(others)
     console.fields(adapter, shown)
     console.table(
         "\nUpdates, s·B A",
@@ -189,7 +190,10 @@ def diff_command(one: str, two: str, /, *, json: bool = False) -> None:
     console = Console(json=json)
     difference = compare(read_adapter(one), read_adapter(two))
     if difference.settings:
-        rows = [(name, str(first), str(second)) for name, (first, second) in difference.settings.items()]
+        rows = [
+            (name, *(readable_names(each) if name == "others" else str(each) for each in values))
+            for name, values in difference.settings.items()
+        ]
         console.table("Settings that differ", ["setting", one, two], rows)
     else:
         console.print("No setting differs.")

@@ -220,6 +220,17 @@ def readable_bytes(count: float) -> str:
     return f"{count:.1f} GB"
 
 
+def readable_names(names: Sequence[str]) -> str:
+    """Names, of which those that are alike in every block are one with their number."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(_pattern(name), []).append(name)
+    return ", ".join(
+        those[0] if len(those) == 1 else f"{len(those)} × {pattern.rsplit('*.', 1)[-1]}"
+        for pattern, those in groups.items()
+    )
+
+
 def _pattern(name: str) -> str:
     """A module's name with ``*`` for the numbers of layers."""
     return ".".join("*" if part.isdigit() else part for part in name.split("."))
