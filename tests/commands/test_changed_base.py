@@ -10,6 +10,7 @@ import pytest
 
 import lorafit
 from lorafit import merging
+from lorafit.cli import main
 from lorafit.commands.console import Console
 from lorafit.commands.train import train
 from lorafit.config import TrainConfig
@@ -66,6 +67,23 @@ def test_nothing_is_merged_into_it(config: TrainConfig, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="changed after it was loaded"):
         merging.apply(plan, tmp_path / "out.gguf")
     assert not (tmp_path / "out.gguf").exists()
+
+
+def test_a_base_that_moved_is_merged_from_where_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base, moved = tmp_path / "tiny.gguf", tmp_path / "elsewhere.gguf"
+    write_tiny_llama(base, layers=1, context=128)
+    run = write_run(tmp_path / "run", base, held_out=False)
+    base.replace(moved)
+    words = ["merge", str(run), str(tmp_path / "out.gguf")]
+    assert main(words) == 2
+    assert capsys.readouterr().err == (
+        f"error: {run} was trained on {base}, which is not here; say where it is, as in lorafit merge --base BASE\n"
+    )
+    write_tiny_llama(base, layers=1, context=128, seed=1)
+    assert main([*words, "--base", str(base)]) == 2
+    assert "put the original back, or say where it is" in capsys.readouterr().err
+    assert main([*words, "--base", str(moved)]) == 0
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("other", ["merged", "another"])

@@ -9,7 +9,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
@@ -21,7 +21,7 @@ from lorafit.config import AdapterConfig, LoRA, QLoRA
 from lorafit.data.chat import encode_all
 from lorafit.data.packing import split_passes
 from lorafit.data.readers import read_examples
-from lorafit.errors import MergeError
+from lorafit.errors import LorafitWarning, MergeError, MissingFileError
 from lorafit.evaluation.loss import evaluate
 from lorafit.merging import DirectoryCertificate, HeldOut
 from lorafit.models.load import load, load_base
@@ -304,6 +304,24 @@ def test_another_base_is_refused_and_the_same_one_in_other_files_is_not(dense: P
     AutoTokenizer.from_pretrained(dense).save_pretrained(base)
     assert len(list(base.glob("*.safetensors"))) > 1
     merge(str(run), str(tmp_path / "out"))
+
+
+def test_a_base_that_the_adapter_only_names(dense: Path, tmp_path: Path) -> None:
+    peft = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(dense),
+        LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False),
+    )
+    peft.peft_config["default"].base_model_name_or_path = "hub/model"
+    adapter = tmp_path / "run" / "adapter"
+    peft.save_pretrained(adapter)
+    with pytest.raises(MissingFileError, match=r"on hub/model, which is not here; say where it is, as in .* --base"):
+        merge(str(adapter), str(tmp_path / "out"))
+    with pytest.warns(LorafitWarning, match="names hub/model as its base and holds no hash"):
+        certificate, found = merged(adapter, tmp_path / "out", base=str(dense))
+    assert not certificate.base_checked
+    for name, weight in by_peft(dense, adapter.parent).items():
+        torch.testing.assert_close(found.get(name, weight), weight, rtol=0, atol=1e-6)
+    assert certificate.changed == 4
 
 
 def test_onto_the_original(dense: Path, beside_nf4: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

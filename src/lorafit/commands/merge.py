@@ -26,6 +26,7 @@ def merge(
     run: str,
     output: str,
     *,
+    base: str | None = None,
     dtype: MergeDtype | None = None,
     onto: str | None = None,
     requantize: Requantize | None = None,
@@ -38,8 +39,9 @@ def merge(
     Both appear whole, and only after everything in the certificate was proved on what was written.
 
     Args:
-        run: Directory of a run, or of an adapter whose base is there by the name that it gives.
+        run: Directory of a run, or of an adapter.
         output: The GGUF file to write, or the directory: safetensors that transformers loads.
+        base: Where the base is, if it is not where the run or adapter says.
         dtype: Type of the weights in a directory; fp32 if missing, which rounds nothing.
         onto: For a directory, the original of a quantised base, to which the update is added instead.
         requantize: For a file, the format to round tensors to that do not merge exactly, which are all but QA-LoRA's;
@@ -66,19 +68,20 @@ def merge(
         if dtype or onto:
             option, value, instead = ("--dtype", dtype, "--requantize") if dtype else ("--onto", onto, "a directory")
             raise MergeError(f"{option} {value} has no effect on a GGUF file; give {instead} instead")
-        return _merge_file(run, target, requantize, certificate_tolerance, overwrite, console)
+        return _merge_file(run, target, base, requantize, certificate_tolerance, overwrite, console)
     if target.suffix.lower() in _OTHER_FILES:
         raise MergeError(f"{output}: merge writes a .gguf file or a directory of safetensors; give the directory")
     if requantize:
         raise MergeError(f"--requantize {requantize} has no effect on a directory; choose its type by --dtype")
     if dtype not in (None, "fp32", "bf16", "fp16"):
         raise MergeError(f"--dtype is {dtype}, but must be one of fp32, bf16, fp16")
-    return _merge_directory(run, target, dtype or "fp32", onto, certificate_tolerance, overwrite, console)
+    return _merge_directory(run, target, base, dtype or "fp32", onto, certificate_tolerance, overwrite, console)
 
 
 def _merge_file(
     run: str,
     target: Path,
+    base: str | None,
     requantize: Requantize | None,
     tolerance: float | None,
     overwrite: bool,
@@ -94,7 +97,7 @@ def _merge_file(
     from lorafit import merging
     from lorafit.containers.atomic import replacing
 
-    plan = merging.plan(run, requantize=requantize, certificate_tolerance=tolerance)
+    plan = merging.plan(run, base=base, requantize=requantize, certificate_tolerance=tolerance)
     if target.exists() and target.samefile(plan.base.path):
         raise MergeError(f"{target} is the base of the run, which later runs and merges need; choose another name")
     # The certificate is on the disk before the model takes its place, and takes its own right after.
@@ -109,6 +112,7 @@ def _merge_file(
 def _merge_directory(
     run: str,
     target: Path,
+    base: str | None,
     dtype: MergeDtype,
     onto: str | None,
     tolerance: float | None,
@@ -124,7 +128,7 @@ def _merge_directory(
     from lorafit.containers.atomic import replacing, replacing_directory
 
     types = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    plan = merging.plan_directory(run, types[dtype], onto=onto, certificate_tolerance=tolerance)
+    plan = merging.plan_directory(run, types[dtype], base=base, onto=onto, certificate_tolerance=tolerance)
     for path in plan.inputs:
         if path.resolve().is_relative_to(target.resolve()):
             raise MergeError(f"{target} holds {path}, which this merge reads; choose another name")
@@ -175,6 +179,7 @@ def merge_command(
     output: str,
     /,
     *,
+    base: str | None = None,
     dtype: MergeDtype | None = None,
     onto: str | None = None,
     requantize: Requantize | None = None,
@@ -185,10 +190,11 @@ def merge_command(
     """Write the tuned model as one GGUF file or a directory of safetensors, with a certificate of what it is.
 
     Args:
-        run: Directory of a run, or of an adapter whose base is there by the name that it gives.
+        run: Directory of a run, or of an adapter.
         output: The GGUF file to write, for a run with --method qalora without any loss; or, where the name does not end
             in .gguf, the directory, which transformers loads. A certificate is written beside it as
             OUTPUT.certificate.json.
+        base: The model that was trained on, if it is not where the run or adapter says that it is.
         dtype: For a directory, the type of the weights: fp32 rounds nothing, bf16 and fp16 take half the space.
             [default: fp32]
         onto: For a directory, the original of the quantised base that was trained on. The update is added to it instead
@@ -206,6 +212,7 @@ def merge_command(
     certificate = merge(
         run,
         output,
+        base=base,
         dtype=dtype,
         onto=onto,
         requantize=requantize,

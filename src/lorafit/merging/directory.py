@@ -140,13 +140,19 @@ class DirectoryPlan:
 
 
 def plan_directory(
-    run: str | Path, dtype: torch.dtype, *, onto: str | None = None, certificate_tolerance: float | None = None
+    run: str | Path,
+    dtype: torch.dtype,
+    *,
+    base: str | None = None,
+    onto: str | None = None,
+    certificate_tolerance: float | None = None,
 ) -> DirectoryPlan:
     """Detect what a run is, work out its merge and validate it; nothing is written.
 
     Args:
         run: Directory of a run.
         dtype: Type of the weights: float32, bfloat16 or float16.
+        base: Where its base is; by default where the adapter says.
         onto: The original of a quantised base, to which the update is added instead.
         certificate_tolerance: By how much the held-out loss may be above the run's, in nats per token.
 
@@ -155,15 +161,15 @@ def plan_directory(
         MergeError: Its base is not what it was trained on, or ``onto`` is not its original.
         LorafitError: Base or adapter cannot be loaded.
     """
-    found = detect(run)
+    found = detect(run, base)
     tolerance = check_tolerance(found, certificate_tolerance)
-    base = found.load_base("fp32")
+    loaded = found.load_base("fp32")
     original, difference = None, (0.0, 0)
     if onto is not None:
-        original = _load_original(found, base, onto)
-        difference = _difference(base, original)
-    tensors, changed = merged_tensors(base.model, found.adapter, original.model if original else None)
-    return DirectoryPlan(found, base, original, difference, tensors, frozenset(changed), dtype, tolerance)
+        original = _load_original(found, loaded, onto)
+        difference = _difference(loaded, original)
+    tensors, changed = merged_tensors(loaded.model, found.adapter, original.model if original else None)
+    return DirectoryPlan(found, loaded, original, difference, tensors, frozenset(changed), dtype, tolerance)
 
 
 def apply_directory(

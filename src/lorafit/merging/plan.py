@@ -55,6 +55,7 @@ class Plan:
 def plan(
     run: str | Path,
     *,
+    base: str | None = None,
     requantize: Requantize | None = None,
     certificate_tolerance: float | None = None,
     packing: Packing = "best",
@@ -63,6 +64,7 @@ def plan(
 
     Args:
         run: Directory of a run.
+        base: Where its base is; by default where the adapter says.
         requantize: The format to which tensors are rounded that do not merge exactly; ``keep`` for the format of each.
         certificate_tolerance: By how much that may raise the held-out loss, in nats per token.
         packing: How sums are rounded; others than ``best`` are for comparison.
@@ -73,12 +75,12 @@ def plan(
             not belong to its adapter, it trained what no tensor of the file can hold, or ``requantize`` is missing,
             idle or impossible.
     """
-    found = detect(run)
-    base = _file_base(found)
-    load_adapter(base.model, found.adapter, hold_offsets=False)
-    adapters = _changing(adapter_modules(base.model))
-    file = GGUFFile.open(base.path)
-    _check_tensors(found, base, adapters, file)
+    found = detect(run, base)
+    loaded = _file_base(found)
+    load_adapter(loaded.model, found.adapter, hold_offsets=False)
+    adapters = _changing(adapter_modules(loaded.model))
+    file = GGUFFile.open(loaded.path)
+    _check_tensors(found, loaded, adapters, file)
     exact = {name: module for name, module in adapters.items() if isinstance(module, QALoRALinear)}
     beside = {name: module for name, module in adapters.items() if name not in exact}
     requantize, tolerance = _check_options(found, beside, requantize, certificate_tolerance)
@@ -90,8 +92,8 @@ def plan(
         for name, other in beside.items():
             changes += rounded_changes(name, other, file.tensors, requantize, packing)
     changes.sort(key=lambda change: change.tensor.offset)
-    sha256 = fingerprint(base.path)
-    return Plan(found, base, sha256, file, tuple(changes), rounded_otherwise, requantize, tolerance)
+    sha256 = fingerprint(loaded.path)
+    return Plan(found, loaded, sha256, file, tuple(changes), rounded_otherwise, requantize, tolerance)
 
 
 def apply(plan: Plan, target: str | Path) -> None:
@@ -161,13 +163,14 @@ def _check_tensors(run: Run, base: Base, adapters: Mapping[str, AdapterModule], 
     shared: set[str] = set()
     if base.model.config.tie_word_embeddings and not any(isinstance(p, TrainedTokens) and p.tied for p in parts):
         shared = {part.packed.name for part in parts if isinstance(part, PackedEmbedding)}
+    if no_matrix := [name for name, module in adapters.items() if not _is_matrix(module)]:
+        name, more = no_matrix[0], f" and {len(no_matrix) - 1} more like it" if no_matrix[1:] else ""
+        raise MergeError(
+            f"{run.path} trained the {' and '.join(adapters[name].adapter_parameters())} of {name}{more}, but a merge "
+            "into a GGUF file changes matrices only; merge into a directory and export that"
+        )
     for name, module in adapters.items():
         packed = packed_weights(module)
-        if not packed or (isinstance(module, TrainedCopy) and module.copies.keys() != {"weight"}):
-            raise MergeError(
-                f"{run.path} trained more of {name} than one matrix, which has no place in a GGUF file yet; merge into "
-                "a directory and export that"
-            )
         infos = [file.tensors.get(part.name) for part in packed]
         if any(
             info is None or info.format != part.format_name or info.shape[-2:] != part.shape
@@ -179,6 +182,10 @@ def _check_tensors(run: Run, base: Base, adapters: Mapping[str, AdapterModule], 
                 f"the tensor of {name} is read as the table of embeddings and as the head, and merging would change "
                 f"both; merge into a directory, which keeps two, or ship {run.adapter} beside the base"
             )
+
+
+def _is_matrix(module: AdapterModule) -> bool:
+    return bool(packed_weights(module)) and not (isinstance(module, TrainedCopy) and module.copies.keys() != {"weight"})
 
 
 def _offset_change(name: str, module: QALoRALinear, file: GGUFFile) -> OffsetChange:

@@ -26,6 +26,7 @@ from lorafit.merging.engine import HELD_OUT_FILE
 from lorafit.models.base import Base
 from lorafit.models.directory import merges
 from lorafit.models.load import load_base
+from lorafit.models.pull import EMBEDDED
 from lorafit.modules import PackedExperts, PackedWeight
 from lorafit.training.setup import fit_length
 
@@ -41,12 +42,14 @@ class Run:
         adapter: Where its adapter lies.
         config: Its settings.
         record: What its adapter says about itself.
+        base: Where its base is.
     """
 
     path: Path
     adapter: Path
     config: TrainConfig
     record: AdapterRecord
+    base: str
 
     @property
     def name(self) -> str:
@@ -57,12 +60,18 @@ class Run:
         """The base as it was trained on, quantised if it was then, and mapped where it is not.
 
         Raises:
+            MissingFileError: It is not there.
             MergeError: It has other tensors than then.
             LorafitError: It cannot be loaded.
         """
         record = self.record
+        if self.base not in EMBEDDED and not (self.base and Path(self.base).exists()):
+            raise MissingFileError(
+                f"{self.path} was trained on {self.base or 'a base that it does not name'}, which is not here; say "
+                "where it is, as in lorafit merge --base BASE"
+            )
         base = load_base(
-            record.base, compute=compute, quantize=record.quantize, importance=record.importance, mapped=True
+            self.base, compute=compute, quantize=record.quantize, importance=record.importance, mapped=True
         )
         if not record.base_sha256:
             check_base(record, base.path, self.adapter)  # which warns
@@ -72,7 +81,7 @@ class Run:
         what = self.why_merged(base.path) or "it is another model, or one that was merged already"
         raise MergeError(
             f"{base.path} is not what {self.path} was trained on (the hash of its tensors is another): {what}; put the "
-            "original back"
+            "original back, or say where it is"
         )
 
     def why_merged(self, model: Path) -> str | None:
@@ -188,8 +197,12 @@ def check_loss(held_out: HeldOut, tolerance: float, name: str, cause: str) -> No
         )
 
 
-def detect(run: str | Path) -> Run:
+def detect(run: str | Path, base: str | None = None) -> Run:
     """Read what a run says about itself, or an adapter that comes without a run.
+
+    Args:
+        run: The directory.
+        base: Where its base is; by default where the adapter says.
 
     Raises:
         MissingFileError: It is neither, or not complete.
@@ -198,8 +211,9 @@ def detect(run: str | Path) -> Run:
     run = Path(run)
     if (run / CONFIG_FILE).is_file():
         record = read_record(run)
-        return Run(run, run, TrainConfig(record.base, data="", no_eval=True), record)
+        return Run(run, run, TrainConfig(base or record.base, data="", no_eval=True), record, base or record.base)
     if not (run / "adapter").is_dir():
         raise MissingFileError(f"{run} is not a run: it has no directory adapter/; give what `lorafit train` wrote")
     record = read_record(run / "adapter")
-    return Run(run, run / "adapter", TrainConfig(**read_settings(run / "config.yaml")), record)
+    config = TrainConfig(**read_settings(run / "config.yaml"))
+    return Run(run, run / "adapter", config, record, base or record.base)
