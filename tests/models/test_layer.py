@@ -13,6 +13,7 @@ from lorafit.data.packing import pack
 from lorafit.evaluation.loss import evaluate
 from lorafit.kernels import step
 from lorafit.models.attention import document_attention
+from lorafit.models.fuse import as_one as as_one_by_itself
 from lorafit.models.load import load_base
 from lorafit.modules import attach
 from lorafit.objectives.sft import sft_loss
@@ -144,10 +145,49 @@ def test_what_is_kept_changes_no_bit(base_of: Callable[[str, str], Path], kind: 
         assert all(torch.equal(one, other) for one, other in zip(found, grads, strict=True))  # type: ignore[arg-type]
 
 
+def kept_bytes(model: PreTrainedModel) -> int:
+    """What a pass keeps, parameters aside."""
+    own = {tensor.data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
+    found: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if tensor.data_ptr() not in own:
+            found[tensor.data_ptr()] = tensor.nbytes
+        return tensor
+
+    with document_attention(model), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        sft_loss(model.train(), BATCH)
+    return sum(found.values())
+
+
+def test_low_keeps_neither_gate_nor_up(base_of: Callable[[str, str], Path]) -> None:
+    model = tuned(base_of("llama", "Q4_1"), LoRA(rank=4))
+    high = kept_bytes(model)
+    keep_activations(model, "low")
+    config = model.config
+    both = 2 * config.intermediate_size * 4 * len(BATCH.tokens) * config.num_hidden_layers
+    assert high - kept_bytes(model) == both
+
+
+def test_low_computes_every_second_layer_again_where_they_are_in_pieces(base_of: Callable[[str, str], Path]) -> None:
+    model = tuned(base_of("llama", "Q4_1"), LoRA(rank=4))
+    watch(model)
+    loss, grads = loss_and_gradients(model, whole=False)
+    high = kept_bytes(model)
+    model.zero_grad()
+    keep_activations(model, "low")
+    assert kept_bytes(model) < 0.65 * high
+    assert loss_and_gradients(model, whole=False)[0] == loss
+    found = [parameter.grad for parameter in model.parameters() if parameter.requires_grad]
+    assert all(torch.equal(one, other) for one, other in zip(found, grads, strict=True))  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("change", [watch, dropout], ids=["somebody watches", "dropout"])
 def test_gives_way(base_of: Callable[[str, str], Path], change: Change) -> None:
     model = tuned(base_of("llama", "Q4_1"), LoRA(rank=4))
+    assert as_one_by_itself(model)
     change(model)
+    assert not as_one_by_itself(model)
     loss_and_gradients(model, whole=False)
 
 

@@ -14,7 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lorafit.containers.mapped import mapped_files
 from lorafit.kernels import step
@@ -44,7 +46,7 @@ def fuse(model: PreTrainedModel) -> PreTrainedModel:
         elif kind.endswith("Attention") and hasattr(module, "q_proj") and not _softcap(module):
             replaced = _as(module, _Attention)
         elif kind in _PLAIN_LAYERS:
-            replaced = _as(module, _DecoderLayer)
+            replaced = _as(module, PlainLayer)
         else:
             continue
         model.set_submodule(name, replaced)
@@ -57,6 +59,12 @@ def lay_weights_together(model: PreTrainedModel) -> None:
     for module in model.modules():
         if isinstance(module, _Attention | _GatedMLP):
             lay_together([module.get_submodule(name) for name in module.side_by_side], files)
+
+
+def as_one(model: nn.Module) -> bool:
+    """Whether the decoder layers of a model with adapters are computed as one, as far as the model itself tells."""
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    return bool(layers) and all(isinstance(layer, PlainLayer) and layer.is_known() for layer in layers)
 
 
 def _softcap(module: nn.Module) -> Any:
@@ -131,34 +139,60 @@ class _Attention(nn.Module):
         return attention.Attention(angles, step.side_by_side(tuple(lengths)), dim, scale, _window(self))
 
 
-class _DecoderLayer(nn.Module):
+class PlainLayer(nn.Module):
+    """A decoder layer that is computed as one where it can be.
+
+    Attributes:
+        keeps_less: Whether gate and up are computed again in the backward pass; of layers that are not computed as one,
+            every second is computed again as a whole.
+    """
+
+    keeps_less = False
+
     def forward(self, hidden_states: Tensor, *rest: Any, **named: Any) -> Any:
         whole = self.whole(hidden_states, **named) if not rest else None
-        if whole is None:
-            return super().forward(hidden_states, *rest, **named)
-        return layer.apply(hidden_states[0], whole).unsqueeze(0)
+        if whole is not None:
+            return layer.apply(hidden_states[0], whole).unsqueeze(0)
+        attend: Any = self.self_attn
+        if self.keeps_less and attend.layer_idx % 2 and torch.is_grad_enabled():
+            return checkpoint(super().forward, hidden_states, *rest, use_reentrant=False, **named)
+        return super().forward(hidden_states, *rest, **named)
+
+    def linear_layers(self) -> list[nn.Module]:
+        """Queries, keys, values, their output; gate, up, down."""
+        names = {"self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"), "mlp": ("gate_proj", "up_proj", "down_proj")}
+        return [self.get_submodule(f"{module}.{name}") for module, each in names.items() for name in each]
+
+    def pieces(self) -> tuple[Any, ...]:
+        """What norms, attends and multiplies."""
+        return self.input_layernorm, self.post_attention_layernorm, self.self_attn, self.mlp
+
+    def has_known_pieces(self) -> bool:
+        """Whether these are what the fused code knows, and nobody watches them."""
+        pieces = self.pieces()
+        known = all(map(isinstance, pieces, (_Norm, _Norm, _Attention, _GatedMLP)))
+        return known and not any(map(is_watched, pieces)) and not hasattr(self.self_attn, "q_norm")
+
+    def is_known(self) -> bool:
+        """Whether all pieces and adapters are what the fused code knows, in training too."""
+        layers = self.linear_layers()
+        known = all(known_part(layer) and not getattr(layer, "dropout", 0.0) for layer in layers)
+        return known and self.has_known_pieces()
 
     def whole(
         self, x: Tensor, position_embeddings: Any = None, document_lengths: Sequence[int] | None = None, **_: Any
     ) -> layer.Layer | None:
         """All that the layer does, if the fused code serves every part of it."""
-        pieces: Any = (self.input_layernorm, self.post_attention_layernorm, self.self_attn, self.mlp)
-        before, after, attend, gated = pieces
-        if torch.is_autocast_enabled(x.device.type) or any(map(is_watched, pieces)) or hasattr(attend, "q_norm"):
+        if torch.is_autocast_enabled(x.device.type) or not self.has_known_pieces():
             return None
-        if not all(map(isinstance, pieces, (_Norm, _Norm, _Attention, _GatedMLP))):
-            return None
+        before, after, attend, gated = self.pieces()
         how = attend.within_documents(x, position_embeddings, document_lengths)
         norms = before.frozen(x), after.frozen(x)
-        names = (
-            *((attend, name) for name in attend.side_by_side), (attend, "o_proj"),
-            *((gated, name) for name in gated.side_by_side), (gated, "down_proj"),
-        )  # fmt: skip
-        parts: list[Any] = [known_part(module.get_submodule(name)) for module, name in names]
+        parts: list[Any] = [known_part(layer) for layer in self.linear_layers()]
         if how is None or None in norms or None in parts:
             return None
         q, k, v, o, gate, up, down = parts
-        return layer.Layer(norms, (q, k, v), o, (gate, up), down, how, gated.gate_activation)
+        return layer.Layer(norms, (q, k, v), o, (gate, up), down, how, gated.gate_activation, again=self.keeps_less)
 
 
 def _normed(norm: Any, x: Tensor) -> Tensor:

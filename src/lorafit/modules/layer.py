@@ -51,6 +51,7 @@ class Layer:
         down: What the gated product goes through.
         attention: How tokens attend.
         activation: Of the gated product, as ``step.gated`` has it.
+        again: Whether gate and up, half of all that is kept, are computed once more instead.
     """
 
     norms: tuple[Norm, Norm]
@@ -60,6 +61,7 @@ class Layer:
     down: Part
     attention: attention.Attention
     activation: str
+    again: bool = False
 
 
 def apply(x: Tensor, layer: Layer) -> Tensor:
@@ -91,15 +93,14 @@ class _Layer(torch.autograd.Function):
         o_of.add_biases(middle)
 
         normed, inverse_after = step.norm(middle, after.factors, after.eps, _buffer(x, x.shape[1], "normed"))
-        gate_up, kept_gate_up = gate_up_of.forward(normed, each[2])
-        gate_up_of.add_biases(gate_up)
+        gate_up, kept_gate_up = _gate_up(gate_up_of, normed, each[2], reused=layer.again)
         gate, up = gate_up.chunk(2, 1)
         product = step.gated(gate, up, layer.activation, _buffer(x, gate.shape[1], "gated"))
         result, kept_down = down_of.forward(product, each[3], added_to=middle.clone())
         down_of.add_biases(result)
 
         ctx.save_for_backward(
-            x, middle, inverse, inverse_after, gate_up, attended if o_of.has_branch else None,
+            x, middle, inverse, inverse_after, None if layer.again else gate_up, attended if o_of.has_branch else None,
             *kept_qkv, *kept_o, *kept_gate_up, *kept_down, *tensors, *packed,
         )  # fmt: skip
         ctx.layer, ctx.stacks = layer, stacks
@@ -117,20 +118,23 @@ class _Layer(torch.autograd.Function):
         how = layer.attention
         of_result = grads[0].contiguous()
 
+        if gate_up is None:
+            normed, _ = step.norm(middle, after.factors, after.eps, _buffer(x, x.shape[1], "normed"))
+            gate_up, _ = _gate_up(gate_up_of, normed, each[2], reused=True)
         gate, up = gate_up.chunk(2, 1)
         dh = down_of.branch_gradient(of_result, kept_down)
         grad = down_of.input_gradient(of_result, dh, kept_down, each[3], _buffer(x, gate.shape[1], "dgated"))
-        product = _buffer(x, gate.shape[1], "gated") if down_of.has_branch else None
+        again = _buffer(x, gate.shape[1], "gated") if down_of.has_branch else None
         of_gate_up = step.gated_backward(
-            grad, gate, up, layer.activation, out=_buffer(x, gate_up.shape[1], "dgate_up"), again=product
+            grad, gate, up, layer.activation, out=_buffer(x, gate_up.shape[1], "dgate_up"), again=again
         )
-        of_down = list(down_of.gradients(of_result, dh, product, kept_down, each[3]))
+        of_down = list(down_of.gradients(of_result, dh, again, kept_down, each[3]))
 
         dh = gate_up_of.branch_gradient(of_gate_up, kept_gate_up)
         grad = gate_up_of.input_gradient(of_gate_up, dh, kept_gate_up, each[2], _buffer(x, x.shape[1], "dnormed"))
         of_middle = step.norm_backward(grad, middle, after.factors, inverse_after, added=of_result)
-        normed = _normed(middle, after, gate_up_of)
-        of_gate_up_tensors = list(gate_up_of.gradients(of_gate_up, dh, normed, kept_gate_up, each[2]))
+        seen = _normed(middle, after, gate_up_of)
+        of_gate_up_tensors = list(gate_up_of.gradients(of_gate_up, dh, seen, kept_gate_up, each[2]))
 
         dh = o_of.branch_gradient(of_middle, kept_o)
         grad = o_of.input_gradient(of_middle, dh, kept_o, each[1], _buffer(x, o_of.shape[1], "dnormed"))
@@ -143,9 +147,16 @@ class _Layer(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad = qkv_of.input_gradient(of_qkv, dh, kept_qkv, each[0], _buffer(x, x.shape[1], "dnormed"))
             dx = step.norm_backward(grad, x, before.factors, inverse, added=of_middle)
-        normed = _normed(x, before, qkv_of)
-        of_qkv_tensors = list(qkv_of.gradients(of_qkv, dh, normed, kept_qkv, each[0]))
+        seen = _normed(x, before, qkv_of)
+        of_qkv_tensors = list(qkv_of.gradients(of_qkv, dh, seen, kept_qkv, each[0]))
         return dx, None, None, *of_qkv_tensors, *of_o, *of_gate_up_tensors, *of_down
+
+
+def _gate_up(stack: Stack, normed: Tensor, tensors: Sequence[Tensor | None], *, reused: bool) -> tuple[Tensor, Kept]:
+    out = _buffer(normed, stack.shape[0], "gate_up") if reused else None
+    result, kept = stack.forward(normed, tensors, out=out)
+    stack.add_biases(result)
+    return result, kept
 
 
 def _normed(x: Tensor, norm: Norm, of: Stack) -> Tensor | None:

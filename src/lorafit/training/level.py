@@ -1,15 +1,17 @@
 """How much of a pass is kept for the backward pass: as asked, or the most that fits into the memory that is free.
 
 What a step needs follows from the model's dimensions. With w the width of the hidden states, q and k the widths of all
-query and key heads and f that of the feed-forward part (of the experts of a token together), a layer keeps of a token
+query and key heads and f that of the feed-forward part (of the experts of a token together), a layer that is computed
+as one (``modules.layer``) keeps of a token
 
-    2 w (inputs of the norms) + q + 2 k (attention) + 3 f (both factors of the gated product, and the activation)
+    2 w (inputs of the norms) + q + 2 k (attention) + 2 f (both factors of the gated product)
 
-and with LoRA the inputs of the adapters, 2 w + q + f; QA-LoRA keeps sums over blocks of them, which is next to nothing.
-A layer that is computed again keeps its input, w. To this come one layer that is at work, with gradients as large as
-what it keeps, the scores of one piece of attention, a chunk of logits, the largest unpacked weight, gradients and
-moments of the adapter, and code. Pages of a mapped file go back once they were read. The sum is held by a test to a
-factor of 2.5 of the measured peak, and 60% of what is free is planned for.
+and with LoRA q more, what attention gave; ``low`` leaves out 2 f. A layer in pieces keeps another f, and with LoRA the
+inputs of the adapters, 2 w + q + f; QA-LoRA keeps sums over blocks of them, which is next to nothing. A layer that is
+computed again keeps its input, w. To this come one layer that is at work, with gradients as large as what it keeps in
+pieces, the scores of one piece of attention, a chunk of logits, the largest unpacked weight, gradients and moments of
+the adapter, and code. Pages of a mapped file go back once they were read. The sum is held by a test to a factor of 2.5
+of the measured peak, and 60% of what is free is planned for.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from transformers import PreTrainedModel
 from lorafit.config import Memory, MemoryLevel
 from lorafit.data.chat import Document
 from lorafit.kernels import step
+from lorafit.models.fuse import as_one
 from lorafit.modules.packed import PIECE
 from lorafit.objectives.sft import CHUNK
 from lorafit.training.memory import Free
@@ -109,6 +112,14 @@ def estimate_step(
         forward = config.moe_intermediate_size * config.num_experts_per_tok
     layer = 2 * width + query + 2 * key + 3 * forward + (2 * width + query + forward if keeps_inputs else 0)
     layer += 2 * width + query + 2 * key + 2 * forward if keeps_outputs else 0
+    kept = {
+        "high": layers * layer,
+        "low": layers // 2 * width + (layers - layers // 2) * layer,
+        "lowest": layers * width,
+    }
+    if as_one(model):
+        least = 2 * width + query + 2 * key + (query if keeps_inputs else 0)
+        kept |= {"high": layers * (least + 2 * forward), "low": layers * least}
     scores = _SCORES * config.num_attention_heads * max(min(length, _PIECE) * length for length in lengths)
     logits = min(sum(sum(document.trained) for document in documents), CHUNK) * config.vocab_size
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
@@ -116,11 +127,7 @@ def estimate_step(
     common = itemsize * (2 * layer * tokens + scores + logits + largest)
     # Without a pass that leaves the gradient in their place, it is another of these, and two more in float32.
     common += (0 if step.is_available() else itemsize + 8) * logits + _OF_PARAMETER * trained + _CODE
-    again = {"high": 0, "low": layers // 2, "lowest": layers}
-    return {
-        level: common + itemsize * tokens * (width * again[level] + layer * (layers - again[level]))
-        for level in _LEVELS
-    }
+    return {level: common + itemsize * tokens * kept[level] for level in _LEVELS}
 
 
 def _gigabytes(count: int) -> str:

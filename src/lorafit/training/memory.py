@@ -1,9 +1,10 @@
 """How much memory training may use, how much is free, and how much this process has used at most.
 
-A backward pass needs what the forward pass computed. ``high`` keeps it. ``lowest`` keeps the input of each decoder
-layer only and computes the layer once more when its turn comes in the backward pass (arXiv 1604.06174): memory for the
-activations of one layer instead of all, for about a third more work. ``low`` does so with every second layer: half the
-memory for half of that work. benchmarks/NOTES.md says why not with parts of layers.
+A backward pass needs what the forward pass computed. ``high`` keeps it, but for what costs next to nothing to compute
+again. ``lowest`` keeps the input of each decoder layer only and computes the layer once more when its turn comes in the
+backward pass (arXiv 1604.06174): memory for the activations of one layer instead of all, for about a third more work.
+``low`` computes both factors of the gated product again, which are half of all that is kept; where a layer is not
+computed as one (``models.fuse``), every second layer as a whole. benchmarks/NOTES.md says what that costs.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lorafit.config import MemoryLevel
+from lorafit.models.fuse import PlainLayer
 
 
 def peak_rss_bytes() -> int | None:
@@ -44,13 +46,16 @@ def keep_activations(model: PreTrainedModel, level: MemoryLevel) -> None:
 
     Args:
         model: The model, whose decoder layers are those of transformers.
-        level: ``high`` keeps everything, ``low`` of every second layer its input, ``lowest`` of every layer.
+        level: ``high`` keeps most, ``low`` about half of that, ``lowest`` of every layer its input.
     """
     again = partial(checkpoint, use_reentrant=False)
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     # Not by the model's own switch, which also asks for the gradient of the embeddings that nothing needs.
     for number, layer in enumerate(layers):
-        layer.gradient_checkpointing = level == "lowest" or (level == "low" and number % 2 == 1)
+        every_second = level == "low" and number % 2 == 1
+        if isinstance(layer, PlainLayer):
+            layer.keeps_less, every_second = level == "low", False
+        layer.gradient_checkpointing = level == "lowest" or every_second
         layer._gradient_checkpointing_func = again  # type: ignore[assignment]  # mypy takes it for a module
 
 
