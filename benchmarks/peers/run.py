@@ -2,7 +2,7 @@
 
     python benchmarks/peers/run.py --peers-python .venv-peers/bin/python [--e2e FILE] [--rounds 2] [--steps 5]
 
-Each measurement is a process of its own, and the tools take turns (A B C D A B C D), so that ratios hold on a machine
+Each measurement is a process of its own, and the tools take turns (A B C A B C), so that ratios hold on a machine
 whose speed drifts. In a round all of them train on the same batches in the same order; another round has other rows.
 This process does not import lorafit, which would set how long idle threads wait, and TRL would inherit that.
 SmolLM2-135M, LoRA of rank 16 on all linear layers, 8 documents a step, on documents of 200 to 1,000 tokens ("long",
@@ -42,18 +42,22 @@ class Contender:
         name: What it is called in results.
         packed: Whether its base is the packed file, and not the same weights in bf16.
         method: lorafit's method; None for TRL.
+        memory: lorafit's ``--memory``.
     """
 
     name: str
     packed: bool
     method: str | None
+    memory: str = "high"
 
 
 CONTENDERS = [
     Contender("TRL + PEFT", False, None),
     Contender("LoRA", False, "lora"),
+    Contender("LoRA, low", False, "lora", "low"),
     Contender("LoRA, packed", True, "lora"),
     Contender("QA-LoRA", True, "qalora"),
+    Contender("QA-LoRA, low", True, "qalora", "low"),
 ]
 
 
@@ -77,7 +81,7 @@ class Runner:
         model = MODEL if contender.packed else str(self.dense)
         arguments = [str(plan), str(result), model, precision]
         if contender.method:
-            run([sys.executable, str(HERE / "with_lorafit.py"), *arguments, contender.method])
+            run([sys.executable, str(HERE / "with_lorafit.py"), *arguments, contender.method, contender.memory])
         else:
             run([self.peers_python, str(HERE / "with_trl.py"), *arguments])
         figures: dict[str, Any] = json.loads(result.read_text())

@@ -1,6 +1,6 @@
-"""One measurement of lorafit, at its default settings.
+"""One measurement of lorafit, at its default settings but for --memory.
 
-    python benchmarks/peers/with_lorafit.py PLAN RESULT MODEL bf16|fp32 lora|qalora
+    python benchmarks/peers/with_lorafit.py PLAN RESULT MODEL bf16|fp32 lora|qalora high|low|lowest
 
 When the steps are done and the peak of memory is read, it also measures how fast the machine multiplies matrices.
 """
@@ -25,12 +25,12 @@ from lorafit.models.load import load_base
 from lorafit.training.speed import frozen_work, make_trainer, matrix_rate
 
 
-def main(plan_path: Path, result: Path, model: str, compute: Any, method: Any) -> None:
+def main(plan_path: Path, result: Path, model: str, compute: Any, method: Any, memory: Any) -> None:
     """Train on the plan and leave the figures."""
     plan = read_plan(plan_path)
     base = load_base(model, compute=compute)
     work = frozen_work(base.model)
-    trainer = make_trainer(base.model, method)
+    trainer = make_trainer(base.model, method, memory=memory)
     seconds, steps = [], []
     for number, rows in enumerate(plan):
         documents = [Document(row["tokens"], row["trained"], f"step {number + 1}") for row in rows]

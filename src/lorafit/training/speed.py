@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lorafit.config import LoRA, Method, QALoRA, TrainConfig
+from lorafit.config import LoRA, Memory, Method, QALoRA, TrainConfig
 from lorafit.data.chat import Document
 from lorafit.data.packing import split_passes
 from lorafit.data.readers import Message
@@ -123,11 +123,11 @@ def usual_rank(model: PreTrainedModel) -> int:
     return min([_RANK, *(width // block_format(name).elements for width, name in trained if has_offsets(name))])
 
 
-def make_trainer(model: PreTrainedModel, method: Method, rank: int = _RANK) -> Trainer:
+def make_trainer(model: PreTrainedModel, method: Method, rank: int = _RANK, memory: Memory = "auto") -> Trainer:
     """Attach a fresh adapter to all linear layers of a base, with everything else as by default."""
     torch.manual_seed(0)
     attach(model, QALoRA(rank=rank) if method == "qalora" else LoRA(rank=rank))
-    return Trainer(model, sft_loss, TrainConfig("", "", learning_rate=1e-4, steps=10**6))
+    return Trainer(model, sft_loss, TrainConfig("", "", learning_rate=1e-4, steps=10**6, memory=memory))
 
 
 def median_seconds(work: Callable[[], object], repeats: int = 10) -> float:
