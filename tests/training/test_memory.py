@@ -22,7 +22,9 @@ LAYERS = 6
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_llama(tmp_path_factory.mktemp("tiny") / "tiny.gguf", hidden=128, layers=LAYERS).path
+    return write_tiny_llama(
+        tmp_path_factory.mktemp("tiny") / "tiny.gguf", hidden=128, intermediate=384, layers=LAYERS
+    ).path
 
 
 def step(path: Path, adapter: AdapterConfig, memory: Memory) -> tuple[float, dict[str, Tensor], int]:
@@ -47,7 +49,8 @@ def step(path: Path, adapter: AdapterConfig, memory: Memory) -> tuple[float, dic
 @pytest.mark.parametrize("adapter", [LoRA(rank=4, dropout=0.2), QALoRA(rank=4)])
 def test_less_memory_gives_the_same_bits_and_keeps_less(path: Path, adapter: AdapterConfig) -> None:
     loss, gradients, kept = step(path, adapter, "high")
-    # What stays is each layer's input and the loss's own, and with low every second layer as a whole.
+    # What stays is each layer's input and the loss's own, and with low every second layer as a whole (dropout keeps
+    # layers in pieces), or all but gate and up.
     for memory, share in (("low", 0.6), ("lowest", 0.25)):
         same_loss, same_gradients, kept_less = step(path, adapter, memory)
         assert same_loss == loss
