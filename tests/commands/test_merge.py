@@ -234,7 +234,7 @@ def test_what_is_merged_is_never_the_output(tmp_path: Path) -> None:
     merge(str(first), str(tmp_path / "merged"))
     second = write_run(tmp_path / "second", tmp_path / "merged", LoRA(rank=2), held_out=False)
     before = content(tmp_path / "merged")
-    with pytest.raises(MergeError, match=r"merged holds .*merged, which this merge reads"):
+    with pytest.raises(MergeError, match=r"merged would replace .*merged, which this merge reads"):
         merge(str(second), str(tmp_path / "merged"), overwrite=True)
     assert content(tmp_path / "merged") == before
 

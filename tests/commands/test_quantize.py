@@ -1,6 +1,7 @@
 """Training beside a base that is quantised while it is loaded: the main job of a checkpoint in full precision."""
 
 import json
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -69,6 +70,13 @@ def test_it_learns_and_what_was_measured_is_what_was_saved(
     figures = evaluate(str(config.output), f"{config.output}/heldout.jsonl")
     assert figures["base"] == summary.eval_before
     assert figures["tuned"] == summary.eval_after
+
+
+def test_the_way_to_ship_that_is_named_works(config: TrainConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    train(replace(config, steps=1), console=Console())
+    command = next(line.split(maxsplit=1)[1] for line in capsys.readouterr().out.splitlines() if "  ship  " in line)
+    assert main(shlex.split(command)[1:]) == 0
+    assert Path(f"{config.output}-merged", "model.safetensors").is_file()
 
 
 def test_qlora_implies_nf4_and_quantize_implies_a_method(config: TrainConfig) -> None:

@@ -258,16 +258,19 @@ def test_a_run_on_a_directory_and_an_adapter_without_a_run(tmp_path: Path) -> No
 
 def test_above_the_tolerance_nothing_is_written(tmp_path: Path) -> None:
     source = save(tmp_path / "model", random_model("qwen2"))
+    run = write_run(tmp_path / "run", source, LoRA(rank=2), size=0.02, held_out=False)
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"prompt": "Who?", "completion": "The cat took the mill."}\n' * 3)
     before = names(tmp_path)
-    with pytest.raises(
-        MergeError, match=r"out.gguf is not kept: its held-out loss is .* --certificate-tolerance 1e-09"
-    ):
-        export(
-            str(source), str(tmp_path / "out.gguf"), format="gguf", dtype="q4_0",
-            eval_data=str(rows), certificate_tolerance=1e-9,
-        )  # fmt: skip
+    for model in (source, run):  # the run is near its base, whose loss q4_0 raises
+        complaint = (
+            rf"out.gguf is not kept: its held-out loss is [\d.]+, that of {model.name} [\d.]+: .*tolerance 1e-09"
+        )
+        with pytest.raises(MergeError, match=complaint):
+            export(
+                str(model), str(tmp_path / "out.gguf"), format="gguf", dtype="q4_0",
+                eval_data=str(rows), certificate_tolerance=1e-9,
+            )  # fmt: skip
     assert names(tmp_path) == before
 
 

@@ -131,7 +131,7 @@ def _merge_directory(
     plan = merging.plan_directory(run, types[dtype], base=base, onto=onto, certificate_tolerance=tolerance)
     for path in plan.inputs:
         if path.resolve().is_relative_to(target.resolve()):
-            raise MergeError(f"{target} holds {path}, which this merge reads; choose another name")
+            raise MergeError(f"{target} would replace {path}, which this merge reads; choose another name")
     with _naming(target), replacing(proof) as proof_written, replacing_directory(target) as written:
         certificate = merging.apply_directory(plan, written, target.name, say=console.print)
         proof_written.write_text(certificate.as_json(), encoding="utf-8")

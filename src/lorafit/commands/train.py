@@ -158,11 +158,11 @@ def _conclude(summary: Summary, console: Console) -> None:
         console.side_by_side(f"A held-out prompt: {sample.prompt}", {"base": sample.base, "tuned": sample.tuned})
     run = summary.output
     console.fields("Files", {"report": f"{run}/report.md", "figure": f"{run}/loss.png", "adapter": f"{run}/adapter"})
-    following = {"talk": shlex.join(["lorafit", "chat", run])}
+    merged = [f"{run}-merged"]
     if summary.method == "qalora" and not summary.quantize:
-        rounding = ["--requantize", "q8_0"] if summary.coverage.beside else []
-        following["ship"] = shlex.join(["lorafit", "merge", run, f"{run}.gguf", *rounding])
-    console.fields("Next", following)
+        merged = [f"{run}.gguf", *(["--requantize", "q8_0"] if summary.coverage.beside else [])]
+    following = {"talk": ["lorafit", "chat", run], "ship": ["lorafit", "merge", run, *merged]}
+    console.fields("Next", {name: shlex.join(command) for name, command in following.items()})
 
 
 def _step_size(config: TrainConfig) -> str:

@@ -97,7 +97,7 @@ def export_gguf(
     identical, errors = compare_weights(model.tensors, again, formats, kept, name)
     if examples:
         say(f"measuring model and file on {len(examples)} rows")
-    losses = compare_losses(base, again, examples, tolerance, name)
+    losses = compare_losses(base, again, examples, tolerance, name, of=origin.name)
     engine = run_in_engine(model.path, written, examples, again.tokenizer, name)
     base.check_unchanged()
     fallbacks = {key: f"{found} instead of {wanted}" for key, (found, wanted) in chosen.items() if found != wanted}

@@ -217,9 +217,17 @@ def _bits(values: Tensor) -> Tensor:
 
 
 def compare_losses(
-    source: Base, written: Base, examples: Sequence[Example], tolerance: float, name: str
+    source: Base, written: Base, examples: Sequence[Example], tolerance: float, name: str, *, of: str
 ) -> Losses | NotMeasured:
     """The loss of the file against that of the model.
+
+    Args:
+        source: The model, with its adapter if it has one.
+        written: The file, loaded.
+        examples: Rows to measure on.
+        tolerance: By how much the file's may be larger.
+        name: What the file will be called.
+        of: What the model is called.
 
     Raises:
         DataError: A row is longer than the model's context.
@@ -232,7 +240,7 @@ def compare_losses(
     of_source, of_file = _loss(source, documents), _loss(written, again)
     if not of_file <= of_source + tolerance:
         raise MergeError(
-            f"{name} is not kept: its held-out loss is {of_file:.4f}, that of {source.path.name} {of_source:.4f}: more "
+            f"{name} is not kept: its held-out loss is {of_file:.4f}, that of {of} {of_source:.4f}: more "
             f"than --certificate-tolerance {tolerance:g} above it; choose a finer --dtype"
         )
     tokens = sum(sum(document.trained) for document in documents)
