@@ -270,8 +270,8 @@ class TrainConfig:
         no_eval: Train on everything and measure nothing.
         eval_every: Steps between evaluations; 0 evaluates before and after only.
         checkpoint_every: Steps between checkpoints; 0 saves at the end only.
-        memory: What a step keeps for its backward pass: ``high`` everything, ``low`` of every second layer its input
-            only, ``lowest`` of every layer, at about a third more time; ``auto`` the most that fits into what is free.
+        memory: What a step keeps for its backward pass: ``high`` most, ``low`` about half of that, ``lowest`` of every
+            layer its input only, at about a third more time; ``auto`` the most that fits into what is free.
         compute: Arithmetic: ``bf16``, ``fp32``, or ``auto`` for bf16 where the processor has it.
         samples: Held-out rows that base and tuned model answer side by side in the report.
         overwrite: Replace the output directory if it exists.
