@@ -42,6 +42,8 @@ def test_norm(dtype: torch.dtype, rows: int, width: int) -> None:
     expected.backward(dy.double())
     assert exact.grad is not None
     close(step.norm_backward(dy, x, factors, inverse), exact.grad, least=1.0)
+    beside = random(rows, width, dtype=dtype, scale=5, seed=3)
+    close(step.norm_backward(dy, x, factors, inverse, added=beside), exact.grad + beside.double(), least=1.0)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -53,9 +55,13 @@ def test_gated(dtype: torch.dtype, activation: str) -> None:
     expected = ACTIVATIONS[activation](exact[0]) * exact[1]
     close(step.gated(gate, up, activation), expected.detach())
     grads = torch.autograd.grad(expected, exact, dy.double())
-    for found, grad in zip(step.gated_backward(dy, gate, up, activation), grads, strict=True):
+    found = step.gated_backward(dy, gate, up, activation)
+    for half, grad in zip(found.chunk(2, 1), grads, strict=True):
         # Where the slope crosses zero two large terms cancel.
-        close(found, grad, least=20.0)
+        close(half, grad, least=20.0)
+    out, again = torch.empty_like(found), torch.empty_like(gate)
+    assert torch.equal(step.gated_backward(dy, gate, up, activation, out=out, again=again), found)
+    assert torch.equal(again, step.gated(gate, up, activation))
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -90,7 +96,11 @@ def test_what_is_no_number_stays_none() -> None:
     other = random(3, 32, dtype=torch.float32, seed=1)
     for y in (step.norm(x, torch.ones(32), 1e-5)[0], step.norm_backward(x, other, torch.ones(32), torch.ones(3))):
         assert y.isnan().all(-1).tolist() == [False, True, False]
-    for y in (step.gated(x, other, "silu"), step.gated(other, x, "gelu"), *step.gated_backward(other, x, x, "silu")):
+    for y in (
+        step.gated(x, other, "silu"),
+        step.gated(other, x, "gelu"),
+        *step.gated_backward(other, x, x, "silu").chunk(2, 1),
+    ):
         assert y.isnan().nonzero().tolist() == [[1, 7]]
     losses = step.cross_entropy_(x.clone(), torch.tensor([5, 5, 5]))
     assert losses.isnan().tolist() == [False, True, False]
@@ -107,9 +117,16 @@ def test_documents_of_like_length_lie_side_by_side() -> None:
         int(start): int(length) for batch in batches for start, length in zip(batch.starts, batch.lengths, strict=True)
     }
     assert where == dict(zip(starts, lengths, strict=True))
-    # 40 is too short to be padded to 64 beside 61 and 64: more than a quarter would be padding.
-    assert [batch.padded for batch in batches] == [320, 64, 64, 32]
+    # 5 is too short to be padded to 64: that is more than a quarter above the 32 that it is padded to alone.
+    assert [batch.padded for batch in batches] == [320, 64, 32]
     assert all(batch.padded % 32 == 0 and batch.padded >= int(batch.lengths.max()) for batch in batches)
+
+
+def test_documents_that_need_much_padding_lie_side_by_side_too() -> None:
+    """98 tokens are padded to 128, more than a quarter, with company or without."""
+    (batch,) = step.side_by_side((98, 97, 98, 102))
+    assert batch.padded == 128
+    assert batch.lengths.tolist() == [102, 98, 98, 97]
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
