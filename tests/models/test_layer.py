@@ -1,6 +1,7 @@
 """A decoder layer as one function computes what its pieces do, and gives way to them where somebody looks."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lorafit.config import AdapterConfig, LoRA, QALoRA
+from lorafit.config import AdapterConfig, Compute, LoRA, MemoryLevel, QALoRA
 from lorafit.data.packing import pack
 from lorafit.evaluation.loss import evaluate
 from lorafit.kernels import step
@@ -50,8 +51,8 @@ def base_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Pa
     return write
 
 
-def tuned(path: Path, adapter: AdapterConfig, compute: str = "fp32") -> PreTrainedModel:
-    model = load_base(path, compute=compute).model  # type: ignore[arg-type]
+def tuned(path: Path, adapter: AdapterConfig, compute: Compute = "fp32") -> PreTrainedModel:
+    model = load_base(path, compute=compute).model
     torch.manual_seed(0)
     attach(model, adapter)
     fill(model)
@@ -89,10 +90,15 @@ def loss_and_gradients(model: PreTrainedModel, whole: bool = True) -> tuple[floa
         loss = sft_loss(model.train(), BATCH)
         assert as_one(loss) == (len(model.model.layers) if whole else 0)
         loss.backward()
-    grads = [parameter.grad for parameter in model.parameters() if parameter.requires_grad]
-    assert grads
-    assert all(grad is not None for grad in grads)
-    return float(loss.detach()), grads  # type: ignore[return-value]
+    return float(loss.detach()), gradients(model)
+
+
+def gradients(model: PreTrainedModel) -> list[Tensor]:
+    """Of all that is trained, each of which must have one."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    found = [parameter.grad for parameter in trained if parameter.grad is not None]
+    assert len(found) == len(trained) > 0
+    return found
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "mistral"])
@@ -134,15 +140,15 @@ def test_what_is_kept_changes_no_bit(base_of: Callable[[str, str], Path], kind: 
     model = tuned(base_of("llama", format), adapter, "bf16")
     loss, grads = loss_and_gradients(model)
     assert evaluate(model, [BATCH]).loss == pytest.approx(loss / len(BATCH.targets), rel=1e-6)
-    for level in ("low", "lowest"):
+    levels: tuple[MemoryLevel, ...] = ("low", "lowest")
+    for level in levels:
         model.zero_grad()
-        keep_activations(model, level)  # type: ignore[arg-type]
+        keep_activations(model, level)
         with document_attention(model):
             again = sft_loss(model.train(), BATCH)
             again.backward()
         assert float(again) == loss
-        found = [parameter.grad for parameter in model.parameters() if parameter.requires_grad]
-        assert all(torch.equal(one, other) for one, other in zip(found, grads, strict=True))  # type: ignore[arg-type]
+        assert all(torch.equal(one, other) for one, other in zip(gradients(model), grads, strict=True))
 
 
 def kept_bytes(model: PreTrainedModel) -> int:
@@ -178,8 +184,7 @@ def test_low_computes_every_second_layer_again_where_they_are_in_pieces(base_of:
     keep_activations(model, "low")
     assert kept_bytes(model) < 0.65 * high
     assert loss_and_gradients(model, whole=False)[0] == loss
-    found = [parameter.grad for parameter in model.parameters() if parameter.requires_grad]
-    assert all(torch.equal(one, other) for one, other in zip(found, grads, strict=True))  # type: ignore[arg-type]
+    assert all(torch.equal(one, other) for one, other in zip(gradients(model), grads, strict=True))
 
 
 @pytest.mark.parametrize("change", [watch, dropout], ids=["somebody watches", "dropout"])
@@ -189,6 +194,22 @@ def test_gives_way(base_of: Callable[[str, str], Path], change: Change) -> None:
     change(model)
     assert not as_one_by_itself(model)
     loss_and_gradients(model, whole=False)
+
+
+def test_blocks_of_two_sizes_are_not_stacked(base_of: Callable[[str, str], Path]) -> None:
+    """No format that is read has other blocks than 32, so one is made up: it must give way, not fail an assertion."""
+    model = tuned(base_of("llama", "Q4_1"), QALoRA(rank=2))
+    assert model.model.layers[0].whole(*whole_arguments(model)) is not None
+    query = model.model.layers[0].self_attn.q_proj
+    part = query.part
+    query.part = lambda: replace(part(), group=64)
+    assert model.model.layers[0].whole(*whole_arguments(model)) is None
+
+
+def whole_arguments(model: PreTrainedModel) -> tuple[Tensor, tuple[Tensor, Tensor], tuple[int]]:
+    """Hidden states of one document of 5 tokens, angles of its positions, and its length."""
+    x = torch.randn(1, 5, model.config.hidden_size)
+    return x, model.model.rotary_emb(x, torch.arange(5)[None]), (5,)
 
 
 def test_hooks_of_layers_are_called(base_of: Callable[[str, str], Path]) -> None:

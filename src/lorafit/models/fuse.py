@@ -22,6 +22,7 @@ from lorafit.containers.mapped import mapped_files
 from lorafit.kernels import step
 from lorafit.modules import attention, fused, layer
 from lorafit.modules.packed import chooses_type
+from lorafit.modules.product import can_be_stacked
 from lorafit.modules.shared import apply_all, is_watched, known_part, lay_together
 
 # The activations that gated products have, by the name in a model's configuration.
@@ -192,6 +193,8 @@ class PlainLayer(nn.Module):
         if how is None or None in norms or None in parts:
             return None
         q, k, v, o, gate, up, down = parts
+        if not can_be_stacked((q, k, v)) or not can_be_stacked((gate, up)):
+            return None
         return layer.Layer(norms, (q, k, v), o, (gate, up), down, how, gated.gate_activation, again=self.keeps_less)
 
 

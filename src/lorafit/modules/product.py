@@ -63,12 +63,17 @@ def frozen_part(layer: nn.Module) -> Part:
     return Part(weight, bias)
 
 
+def can_be_stacked(parts: Sequence[Part]) -> bool:
+    """Whether the inputs of all of QA-LoRA are summed over blocks of one size."""
+    return len({part.group for part in parts if part.group}) <= 1
+
+
 def product(x: Tensor, parts: Sequence[Part], z: Tensor | None = None) -> list[Tensor]:
     """What each layer of a stack makes of x.
 
     Args:
         x: [..., in_dim].
-        parts: The layers; all of QA-LoRA have blocks of one size.
+        parts: The layers, which ``can_be_stacked``.
         z: What LoRA's A sees, if that is not x.
 
     Returns:
@@ -111,7 +116,7 @@ class Stack:
         self.shape = self.columns[-1].stop, self.weights[0].shape[1]
         self.has_branch = self.ranks[-1].stop > 0
         self.group = max(part.group for part in parts)
-        assert all(part.group in (0, self.group) for part in parts)
+        assert can_be_stacked(parts)
 
     def forward(
         self,

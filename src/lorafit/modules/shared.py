@@ -11,7 +11,7 @@ from lorafit.containers.mapped import release
 from lorafit.modules.adapter import AdapterModule
 from lorafit.modules.lora import LoRALinear
 from lorafit.modules.packed import PackedLinear
-from lorafit.modules.product import Part, frozen_part, product
+from lorafit.modules.product import Part, can_be_stacked, frozen_part, product
 from lorafit.modules.qalora import QALoRALinear
 
 
@@ -23,8 +23,7 @@ def apply_all(layers: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
     """
     parts = [known_part(layer) for layer in layers] if torch.is_grad_enabled() else [None]
     known = [part for part in parts if part is not None]
-    groups = {part.group for part in known if part.group}
-    if len(known) < len(layers) or len(groups) > 1 or all(part.a is None for part in known):
+    if len(known) < len(layers) or not can_be_stacked(known) or all(part.a is None for part in known):
         return [layer(x) for layer in layers]
     return product(x, known)
 
