@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 _MANY = 1280  # from here on the library shares the product out
-_NARROW = 1024  # columns of a result that is a single block
+_NARROW = 768  # columns of a result that is a single block
 _DEEP = 2048  # inner dimension from which fewer rows are
 _TILE = 16  # rows that matrix units take at once
 
